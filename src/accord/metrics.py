@@ -1,0 +1,223 @@
+"""Every number Accord logs, declared once: the log refuses other names, and docs and report tooltips come from here.
+
+Names read `<group>/<quantity>[_<unit>][/<reduction>]`. Groups: train rollout eval data time system. A line of
+`metrics.jsonl` belongs to one `step`; how several values inside that step become one number is the reduction. A mean
+is always sum / count over the whole step and all processes, never a mean of means. To add a metric, add one entry.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from accord.errors import AccordError
+
+__all__ = ["GROUPS", "METRICS", "REDUCTIONS", "Direction", "Metric", "Reduction", "UnknownMetric", "check"]
+
+Direction = Literal["up", "down", "neutral"]
+Reduction = Literal[
+    "token mean", "sequence mean", "pair mean", "prompt mean", "update mean", "max", "std", "sum", "total", "last"
+]
+
+GROUPS: Mapping[str, str] = MappingProxyType(
+    {
+        "train": "What the optimiser saw while it updated the weights.",
+        "rollout": "Completions sampled from the policy during PPO, before it is updated on them.",
+        "eval": "Held-out data: nothing here was trained on.",
+        "data": "What the data turned into on its way to the model.",
+        "time": "Where the seconds went.",
+        "system": "Throughput and memory.",
+    }
+)
+
+REDUCTIONS: Mapping[Reduction, str] = MappingProxyType(
+    {
+        "token mean": "mean over the tokens that count",
+        "sequence mean": "mean over completions",
+        "pair mean": "mean over comparisons",
+        "prompt mean": "mean over prompts, after the mean over each prompt's completions",
+        "update mean": "mean over the optimiser updates of the step",
+        "max": "largest value in the step",
+        "std": "standard deviation over the step's values",
+        "sum": "sum over the step",
+        "total": "running total since the start of the run",
+        "last": "the value at the end of the step",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """What a logged number is. `unit` is "" for plain numbers; `direction` says which way is better, if either is."""
+
+    name: str
+    unit: str
+    reduction: Reduction
+    direction: Direction
+    formula: str
+    meaning: str
+
+    @property
+    def group(self) -> str:
+        return self.name.partition("/")[0]
+
+
+class UnknownMetric(AccordError, LookupError):
+    """A metric name that nobody declared."""
+
+
+# fmt: off
+_DECLARED = (
+    Metric("train/loss", "nats", "token mean", "down", "-sum(mask * logprob) / sum(mask); pairs: -log sigmoid(margin)",
+           "What the optimiser minimises. For language modelling, nats per token; for a reward model, nats per pair."),
+    Metric("train/policy_loss", "", "token mean", "neutral", "-mean(min(r A, clip(r, 1 - eps, 1 + eps) A))",
+           "PPO's clipped surrogate. Its size says little: advantages are re-centred at every step."),
+    Metric("train/value_loss", "", "token mean", "down", "mean(max((V - R)^2, (clip(V) - R)^2)) / 2",
+           "How far the value model is from the returns. It may rise while the policy finds higher rewards."),
+    Metric("train/entropy_nats", "nats per token", "token mean", "neutral", "-sum_v p(v) log p(v)",
+           "How undecided the policy is. A slow fall is learning; a fall towards 0 is collapse."),
+    Metric("train/clip_fraction", "fraction", "token mean", "neutral", "share of tokens with |r - 1| > eps",
+           "Tokens whose update was cut off. 0 means tiny steps; above about 0.3 the steps are too large."),
+    Metric("train/value_clip_fraction", "fraction", "token mean", "neutral", "share of tokens with |V - V_old| > eps_v",
+           "Value predictions whose update was cut off."),
+    Metric("train/approx_kl", "nats per token", "token mean", "down", "mean(r - 1 - log r), r = p_new / p_old",
+           "How far this step's updates moved the policy from the one that sampled. Above about 0.05 expect trouble."),
+    Metric("train/ratio_mean", "", "token mean", "neutral", "mean(r), r = p_new / p_old",
+           "Stays near 1; a steady drift means the sampler and the trainer disagree about probabilities."),
+    Metric("train/ratio_max_deviation", "", "max", "down", "max |r - 1|",
+           "The one token whose probability moved most. Before any update it must be almost 0."),
+    Metric("train/grad_norm", "", "update mean", "neutral", "l2 norm of all gradients before clipping",
+           "Spikes point at bad batches or a learning rate that is too high."),
+    Metric("train/value_grad_norm", "", "update mean", "neutral", "l2 norm of the value model's gradients",
+           "The same as the gradient norm, for the value model."),
+    Metric("train/learning_rate", "", "last", "neutral", "schedule(step)", "The step size the optimiser used."),
+    Metric("train/value_learning_rate", "", "last", "neutral", "schedule(step)", "The value model's step size."),
+    Metric("train/explained_variance", "", "token mean", "up", "1 - Var(R - V) / Var(R)",
+           "How much of the returns the value model predicts: 1 all of it, 0 nothing, below 0 worse than a constant."),
+    Metric("train/advantage_mean", "", "token mean", "neutral", "mean(A) before whitening",
+           "How much better the samples were than the value model expected."),
+    Metric("train/advantage_std", "", "std", "neutral", "std(A) before whitening",
+           "The spread of the learning signal. Near 0 there is nothing left to learn from."),
+    Metric("train/return_mean", "", "token mean", "up", "mean(A + V)", "What the value model is asked to predict."),
+    Metric("train/kl_coef", "", "last", "neutral", "beta in reward = score - beta * KL",
+           "The price of leaving the reference model, constant or steered by a controller."),
+    Metric("train/skipped_updates", "updates", "total", "down", "updates with a non-finite loss or gradient",
+           "Updates thrown away because a number was not finite. Anything but 0 deserves a look."),
+    Metric("train/accuracy", "fraction", "pair mean", "up", "share of pairs with score(chosen) > score(rejected)",
+           "How often the reward model agrees with the annotators on pairs it is training on."),
+    Metric("train/margin/mean", "", "pair mean", "up", "mean(score(chosen) - score(rejected))",
+           "How far apart the reward model puts the two answers. Growth without accuracy is overconfidence."),
+    Metric("train/score/mean", "", "sequence mean", "neutral", "mean(score)",
+           "The reward model's average score. Only differences carry meaning, so the level is free to drift."),
+    Metric("train/tokens", "tokens", "total", "neutral", "sum(mask) so far", "Tokens learned from so far."),
+    Metric("train/sequences", "completions", "total", "neutral", "completions so far",
+           "Completions learned from so far."),
+    Metric("train/epoch", "epochs", "last", "neutral", "completions seen / completions in the data",
+           "How many times the data has been gone through."),
+
+    Metric("rollout/score/mean", "", "sequence mean", "up", "mean(score)",
+           "What the reward model (the proxy) thinks of the samples. PPO raises this number; only held-out "
+           "judgement tells whether the answers got better."),
+    Metric("rollout/score/std", "", "std", "neutral", "std(score)",
+           "How much the samples differ in score. Near 0 the policy says the same thing everywhere."),
+    Metric("rollout/reward/mean", "", "sequence mean", "up", "mean(score - kl_coef * KL)",
+           "What PPO maximises: the score less the price paid for leaving the reference."),
+    Metric("rollout/kl_per_sequence_nats", "nats per completion", "sequence mean", "down",
+           "mean over completions of sum_t log(policy / reference)",
+           "How far the policy has moved from the reference model. The budget that buys reward."),
+    Metric("rollout/kl_per_token_nats", "nats per token", "token mean", "down", "mean_t log(policy / reference)",
+           "The same distance for one token; does not grow with length."),
+    Metric("rollout/entropy_nats", "nats per token", "token mean", "neutral", "mean_t -log policy(sampled token)",
+           "How varied the sampling is. A fall towards 0 is collapse."),
+    Metric("rollout/completion_tokens/mean", "tokens", "sequence mean", "neutral", "mean(tokens per completion)",
+           "Length of the samples. Reward models often like length: watch it when the score rises."),
+    Metric("rollout/finished_fraction", "fraction", "sequence mean", "up", "share of completions ended by a stop token",
+           "Completions the model ended itself."),
+    Metric("rollout/truncated_fraction", "fraction", "sequence mean", "down", "share cut by max_completion_tokens",
+           "Completions that ran out of room. A rise usually means rambling."),
+    Metric("rollout/repetition", "fraction", "sequence mean", "down", "1 - distinct n-grams / n-grams in a completion",
+           "How much a completion repeats itself."),
+    Metric("rollout/distinct_2", "fraction", "last", "up", "distinct 2-grams / 2-grams over all samples",
+           "Variety over the whole batch. A steady fall means all answers become alike."),
+    Metric("rollout/score_error_fraction", "fraction", "sequence mean", "down", "share of completions without a score",
+           "Completions the scorer failed on. They are left out, never counted as 0."),
+    Metric("rollout/prompts", "prompts", "total", "neutral", "prompts so far", "Prompts answered so far."),
+    Metric("rollout/samples", "completions", "total", "neutral", "completions so far", "Completions sampled so far."),
+    Metric("rollout/gold_utility/mean", "", "sequence mean", "up", "mean(true utility)",
+           "What the simulated annotators truly value. Hidden from training; known only where a simulator exists."),
+    Metric("rollout/gold_utility/std", "", "std", "neutral", "std(true utility)",
+           "How much the samples differ in true utility."),
+
+    Metric("eval/loss", "nats", "token mean", "down", "train/loss on held-out data",
+           "When it rises while the training loss falls, the model memorises."),
+    Metric("eval/perplexity", "", "last", "down", "exp(eval/loss)",
+           "The number of equally likely tokens the model hesitates between."),
+    Metric("eval/accuracy", "fraction", "pair mean", "up", "share of new pairs with score(chosen) > score(rejected)",
+           "How often the reward model agrees with annotators on new pairs. Annotator disagreement sets a ceiling."),
+    Metric("eval/margin/mean", "", "pair mean", "up", "mean(score(chosen) - score(rejected)) on held-out pairs",
+           "How far apart the reward model puts the answers of new pairs."),
+    Metric("eval/calibration_error", "fraction", "pair mean", "down",
+           "sum over bins of share(bin) * |predicted - observed|",
+           "Expected calibration error: how far predicted preference probabilities are from what annotators chose."),
+    Metric("eval/length_correlation", "", "sequence mean", "neutral", "Pearson r of score and completion length",
+           "Whether the reward model simply likes long answers. Near 0 is best; above about 0.4 is suspicious."),
+    Metric("eval/score/mean", "", "prompt mean", "up", "mean(score) on held-out prompts",
+           "What the reward model thinks of answers to prompts that PPO never saw."),
+    Metric("eval/gold_utility/mean", "", "prompt mean", "up", "mean(true utility) on held-out prompts",
+           "What the simulated annotators truly value, on new prompts."),
+    Metric("eval/win_rate", "fraction", "prompt mean", "up", "(wins + ties / 2) / comparisons",
+           "How often a blind judge prefers this model's answer over the other's. 50% means no difference."),
+    Metric("eval/kl_per_sequence_nats", "nats per completion", "prompt mean", "down",
+           "mean of sum_t log(policy / reference) on held-out prompts",
+           "Distance from the reference model on new prompts."),
+    Metric("eval/completion_tokens/mean", "tokens", "prompt mean", "neutral", "mean(tokens per completion)",
+           "Length of the answers to new prompts."),
+    Metric("eval/finished_fraction", "fraction", "prompt mean", "up", "share of completions ended by a stop token",
+           "Answers to new prompts that the model ended itself."),
+    Metric("eval/rouge_l", "fraction", "prompt mean", "up", "F1 of the longest common subsequence of words",
+           "Word overlap with a reference answer. Says nothing about correctness."),
+    Metric("eval/distinct_2", "fraction", "last", "up", "distinct 2-grams / 2-grams over all answers",
+           "Variety of the answers to new prompts."),
+    Metric("eval/repetition", "fraction", "prompt mean", "down", "1 - distinct n-grams / n-grams in a completion",
+           "How much an answer repeats itself."),
+    Metric("eval/optimality", "fraction", "prompt mean", "up", "1 - (length - shortest) / (longest - shortest)",
+           "Random walks: how close a path is to the shortest one, exactly computed."),
+    Metric("eval/objective", "", "prompt mean", "up", "E[optimality] - kl_coef * KL(policy || reference)",
+           "Random walks: what PPO should maximise, exactly computed."),
+
+    Metric("data/groups", "groups", "total", "neutral", "groups read", "Prompts with their completions, as read."),
+    Metric("data/truncated_fraction", "fraction", "sequence mean", "down", "share of completions cut to fit",
+           "Training texts that lost their end because they did not fit."),
+    Metric("data/padding_fraction", "fraction", "token mean", "down", "1 - real tokens / tokens computed",
+           "Computation spent on padding."),
+
+    Metric("time/step_seconds", "seconds", "sum", "down", "wall clock of the step", "One whole step."),
+    Metric("time/generate_seconds", "seconds", "sum", "down", "wall clock of sampling", "Writing completions."),
+    Metric("time/score_seconds", "seconds", "sum", "down", "wall clock of scoring", "Reward, reference, value passes."),
+    Metric("time/update_seconds", "seconds", "sum", "down", "wall clock of the updates", "Forward, backward, step."),
+    Metric("time/eval_seconds", "seconds", "sum", "down", "wall clock of evaluation", "Measuring on held-out data."),
+    Metric("time/checkpoint_seconds", "seconds", "sum", "down", "wall clock of saving", "Writing a checkpoint."),
+    Metric("time/elapsed_seconds", "seconds", "total", "neutral", "wall clock since the start, over all restarts",
+           "Time this run has taken so far."),
+
+    Metric("system/tokens_per_second", "tokens per second", "last", "up", "tokens of the step / step seconds",
+           "Throughput, prompts and completions together."),
+    Metric("system/peak_memory_mb", "MB", "max", "down", "peak memory of the process or the GPU / 10^6",
+           "The most memory held at once."),
+)
+# fmt: on
+
+METRICS: Mapping[str, Metric] = MappingProxyType({metric.name: metric for metric in _DECLARED})
+
+
+def check(name: str) -> Metric:
+    """The declaration of `name`. Raises UnknownMetric, with the nearest declared name, for anything else."""
+    metric = METRICS.get(name)
+    if metric is None:
+        near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.5)
+        hint = f"did you mean `{near[0]}`?" if near else "see docs/metrics.md for the declared names."
+        raise UnknownMetric(f"unknown metric `{name}`: {hint} A new metric needs one entry in accord/metrics.py.")
+    return metric
