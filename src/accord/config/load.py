@@ -1,0 +1,223 @@
+"""Recipes from YAML and `--set`, and every mistake in them reported at once with its fix."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from accord.config.check import contradictions
+from accord.config.sections import Recipe
+from accord.errors import ConfigError
+
+__all__ = ["load_recipe", "parse_override", "recipe_from"]
+
+# What people's fingers know from other tools, and our name for it.
+FOREIGN_NAMES = {
+    "per_device_train_batch_size": "batch_size",
+    "train_batch_size": "batch_size",
+    "mini_batch_size": "minibatches",
+    "num_mini_batches": "minibatches",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "ppo_epochs": "update_epochs",
+    "num_ppo_epochs": "update_epochs",
+    "lr": "learning_rate",
+    "lr_scheduler_type": "schedule",
+    "warmup_ratio": "warmup_fraction",
+    "cliprange": "clip_range",
+    "clip_ratio": "clip_range",
+    "eps_clip": "clip_range",
+    "cliprange_value": "value_clip_range",
+    "cliprange_reward": "score_clip",
+    "init_kl_coef": "kl_coef",
+    "target": "target_kl",
+    "horizon": "kl_horizon",
+    "adap_kl_ctrl": "kl_controller",
+    "lam": "gae_lambda",
+    "lambd": "gae_lambda",
+    "ent_coef": "entropy_coef",
+    "total_episodes": "episodes",
+    "num_generations": "samples_per_prompt",
+    "n_samples_per_prompt": "samples_per_prompt",
+    "max_length": "max_tokens",
+    "max_seq_length": "max_tokens",
+    "max_prompt_length": "max_prompt_tokens",
+    "max_completion_length": "max_new_tokens",
+    "response_length": "max_new_tokens",
+    "model_name_or_path": "path",
+    "output_dir": "out",
+    "save_steps": "checkpoint_every",
+    "eval_steps": "eval_every",
+    "center_rewards_coefficient": "centring_coef",
+    "reward_model_path": "reward_model",
+}
+
+
+def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
+    """`section.key=value` -> (("section", "key"), value). The value is read as YAML; `1e-5` is a number."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text!r}: expected section.key=value, for example --set ppo.kl_coef=0.1")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text!r}: the value is not valid YAML ({error}); quote it") from error
+    return tuple(part.strip() for part in key.split(".")), _number(parsed)
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads `1e-5` as text; people mean the number."""
+    if isinstance(value, str):
+        try:
+            return float(value) if any(c.isdigit() for c in value) and set(value) <= set("0123456789.eE+-") else value
+        except ValueError:
+            return value
+    if isinstance(value, dict):
+        return {key: _number(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_number(item) for item in value]
+    return value
+
+
+def load_recipe(path: str | Path | None, overrides: Sequence[str] = (), *, defaults: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe file, apply the overrides in order, check everything.
+
+    `defaults` lie below the file (what a verb such as `accord sft` implies). Relative data and model paths in a file are
+    taken as the user wrote them, relative to the current folder.
+
+    Raises: ConfigError naming every wrong key at once.
+    """
+    tree: dict[str, Any] = _merged({}, defaults or {})
+    if path is not None:
+        tree = _merged(tree, _read_yaml(Path(path)))
+    for text in overrides:
+        keys, value = parse_override(text)
+        _assign(tree, keys, value, text)
+    return recipe_from(tree, source=str(path) if path is not None else "--set")
+
+
+def recipe_from(tree: Mapping[str, Any], *, source: str = "config") -> Recipe:
+    """A checked `Recipe` from nested mappings. Raises ConfigError listing all problems."""
+    try:
+        recipe = Recipe.model_validate(dict(tree))
+    except ValidationError as error:
+        raise ConfigError(_explain(error, source)) from None
+    problems = contradictions(recipe)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return recipe
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such recipe file") from None
+    except (IsADirectoryError, UnicodeDecodeError, PermissionError) as error:
+        raise ConfigError(f"{path}: cannot be read as a YAML recipe ({error})") from None
+    try:
+        tree = yaml.load(text, Loader=_UniqueKeys)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected sections (`model:`, `data:`, `sft:` ...), found {type(tree).__name__}")
+    return {str(key): ({} if value is None else _number(value)) for key, value in tree.items()}
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML keeps the last of two equal keys and says nothing; a recipe with two is a mistake."""
+
+
+def _unique_mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark)
+        seen.add(key)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(below)
+    for key, value in above.items():
+        old = result.get(key)
+        result[key] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def _assign(tree: dict[str, Any], keys: tuple[str, ...], value: Any, text: str) -> None:
+    node = tree
+    for key in keys[:-1]:
+        child = node.get(key)
+        if child is None:
+            child = node[key] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {text!r}: {key!r} is a value, not a section")
+        node = child
+    node[keys[-1]] = value
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    lines: list[str] = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown key `{key}`{_suggestion(item['loc'])}")
+        else:
+            lines.append(f"`{key}`: {item['msg'][0].lower()}{item['msg'][1:]}; found {item['input']!r}")
+    return f"{source}: " + ("\n  ".join(["", *lines]) if len(lines) > 1 else lines[0])
+
+
+def _suggestion(loc: tuple[int | str, ...]) -> str:
+    section = _section_at(loc[:-1])
+    if section is None:
+        return ""
+    prefix = "".join(f"{part}." for part in loc[:-1])
+    name, fields = str(loc[-1]), list(section.model_fields)
+    ours = FOREIGN_NAMES.get(name)
+    if ours in fields:
+        return f"; here it is called `{prefix}{ours}`"
+    near = difflib.get_close_matches(name, fields, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean `{prefix}{near[0]}`?"
+    for top, field in Recipe.model_fields.items():
+        inner = _model_in(field.annotation)
+        if inner is not None and (name in inner.model_fields or ours in inner.model_fields):
+            return f"; did you mean `{top}.{name if name in inner.model_fields else ours}`?"
+    return f"; known here: {', '.join(fields)}"
+
+
+def _section_at(loc: tuple[int | str, ...]) -> type[BaseModel] | None:
+    section: type[BaseModel] | None = Recipe
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        field = section.model_fields.get(str(part)) if section else None
+        section = _model_in(field.annotation) if field else None
+    return section
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The pydantic model inside `X | None`, `tuple[X, ...]` or `Annotated[X, ...]`."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in typing.get_args(annotation):
+        found = _model_in(inner)
+        if found is not None:
+            return found
+    return None

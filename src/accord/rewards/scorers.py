@@ -1,0 +1,127 @@
+"""Scorers: text in, one `Score` a completion out. A failure is a value with an error, never a silent 0."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from accord.data.order import micro_batches
+from accord.data.templates import Template
+from accord.errors import ConfigError, RewardError
+from accord.models.layout import collate
+from accord.models.token_scores import score_completions
+from accord.records import Completion, Message, Score, ScoreRequest, TokenGroup
+
+__all__ = ["FunctionScorer", "ModelScorer", "RewardFunction", "Scorer", "load_function", "values_of"]
+
+RewardFunction = Callable[[Any, str], float]
+
+
+class Scorer(Protocol):
+    """Anything that judges completions. Scores come back in the order of the requests."""
+
+    name: str
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Score]: ...
+
+
+class ModelScorer:
+    """A reward model with its own tokenizer and template.
+
+    The answer is rendered as a finished assistant turn, so the head reads the end-of-turn token it was trained on; whether
+    the policy really finished is the missing-EOS penalty's business. Answers too long for the model are errors.
+    """
+
+    def __init__(self, model: Any, template: Template, *, micro_batch_tokens: int, max_tokens: int, name: str) -> None:
+        self.name = name
+        self._model, self._template = model, template
+        self._micro_batch_tokens, self._max_tokens = micro_batch_tokens, max_tokens
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        results: list[Score | None] = [None] * len(requests)
+        rows: list[tuple[int, TokenGroup]] = []
+        for index, request in enumerate(requests):
+            group = self._tokens(request)
+            if group.num_tokens > self._max_tokens:
+                results[index] = Score(None, f"{group.num_tokens} tokens do not fit the reward model's {self._max_tokens}")
+            else:
+                rows.append((index, group))
+        passes = micro_batches(rows, lambda r: r[1].num_tokens, lambda _: 1, self._micro_batch_tokens)
+        for rows_of_pass in passes:
+            batch = collate([g for _, g in rows_of_pass], layout="plain", pad_id=self._template.pad_id)
+            with torch.no_grad():
+                scores = score_completions(self._model, batch).tolist()
+            for (index, _), value in zip(rows_of_pass, scores, strict=True):
+                results[index] = Score(value) if math.isfinite(value) else Score(None, f"the reward model returned {value}")
+        return [r for r in results if r is not None]
+
+    def _tokens(self, request: ScoreRequest) -> TokenGroup:
+        answer = Completion((Message("assistant", request.completion),))
+        return TokenGroup(
+            self._template.prompt_ids(request.prompt),
+            (self._template.completion(request.prompt, answer.messages),),
+            request.prompt_id,
+        )
+
+
+class FunctionScorer:
+    """A Python function f(prompt, completion) -> float.
+
+    `prompt` is the text of a single-message prompt, or a list of {"role", "content"} for longer ones.
+    """
+
+    def __init__(self, function: RewardFunction, name: str) -> None:
+        self.name = name
+        self._function = function
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        return [self._one(request) for request in requests]
+
+    def _one(self, request: ScoreRequest) -> Score:
+        prompt = _plain(request.prompt)
+        try:
+            value = float(self._function(prompt, request.completion))
+        except Exception as error:  # the user's code may raise anything: it becomes a counted, named failure
+            return Score(None, f"{type(error).__name__}: {error}")
+        return Score(value) if math.isfinite(value) else Score(None, f"returned {value}")
+
+
+def values_of(scorer: Scorer, requests: Sequence[ScoreRequest]) -> list[float]:
+    """The scores as numbers. Raises RewardError naming the first failing prompt and how many failed."""
+    scores = scorer.score(requests)
+    failed = [(request, score) for request, score in zip(requests, scores, strict=True) if score.value is None]
+    if failed:
+        request, score = failed[0]
+        raise RewardError(
+            f"{scorer.name} failed on {len(failed)} of {len(requests)} completions; the first: {score.error}\n"
+            f"  prompt: {_plain(request.prompt)!r}\n  completion: {request.completion!r}"
+        )
+    return [score.value for score in scores if score.value is not None]
+
+
+def load_function(spec: str, key: str) -> RewardFunction:
+    """The function behind `module:function`, looked up on the import path and in the current folder."""
+    module_name, colon, name = spec.partition(":")
+    if not colon or not module_name or not name:
+        raise ConfigError(f"`{key}` = {spec!r}: expected module:function, for example my_rewards:score")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(
+            f"`{key}` = {spec!r}: cannot import {module_name!r} ({error}); "
+            "it must be installed, or its folder on PYTHONPATH"
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ConfigError(f"`{key}` = {spec!r}: {module_name!r} has no function {name!r}")
+    return function
+
+
+def _plain(prompt: Sequence[Message]) -> Any:
+    if len(prompt) == 1:
+        return prompt[0].content
+    return [{"role": m.role, "content": m.content} for m in prompt]

@@ -1,0 +1,114 @@
+"""The one training loop: steps, metrics, samples, checkpoints, interruption. Every method runs in it.
+
+What survives a restart is what a trainer's `capture` returns plus the step number; everything random is a function of
+keys. So a run killed at any moment and started again redoes the steps since its last checkpoint and ends bit-identical
+to one that was never interrupted (on the same machine, thread count and library versions).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from rich.console import Console
+from torch import Tensor
+
+from accord import metrics
+from accord.errors import Terminated
+from accord.training.checkpoint import Snapshot, load_latest, save_checkpoint
+from accord.training.progress import StageProgress
+from accord.training.runfolder import RunFolder
+from accord.training.signals import GracefulStop
+
+__all__ = ["Captured", "StepOutcome", "Trainer", "run_training"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """What one step reports: metrics by registered name, samples for samples.jsonl, a short status for the bar."""
+
+    metrics: Mapping[str, float]
+    status: str = ""
+    samples: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """All that survives a restart besides the step: tensors by component, and JSON values."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+class Trainer(Protocol):
+    """What a method gives to the loop."""
+
+    stage: str
+    total_steps: int
+    checkpoint_every: int
+    keep_checkpoints: int
+
+    def step(self, step: int) -> StepOutcome: ...
+
+    def capture(self) -> Captured: ...
+
+    def restore(self, captured: Captured) -> None: ...
+
+
+def run_training(trainer: Trainer, run: RunFolder, console: Console) -> None:
+    """Run `trainer` from its newest good checkpoint, or from the start, to its last step.
+
+    Raises: Terminated after saving when SIGTERM or SIGINT arrived.
+    """
+    done = _resume(trainer, run, console)
+    with (
+        GracefulStop() as stop,
+        StageProgress(console, trainer.stage, trainer.total_steps, done) as progress,
+    ):
+        for step in range(done + 1, trainer.total_steps + 1):
+            started = time.monotonic()
+            outcome = trainer.step(step)
+            _record(run, step, outcome, time.monotonic() - started)
+            last = step == trainer.total_steps
+            if step % trainer.checkpoint_every == 0 or last or stop.requested is not None:
+                _save(trainer, run, step)
+            progress.advance(outcome.status)
+            if stop.requested is not None and not last:
+                raise Terminated(
+                    f"stopped by signal {stop.requested} at {trainer.stage} step {step} of {trainer.total_steps}; "
+                    "the state is saved: run the same command again to continue",
+                    exit_code=128 + stop.requested,
+                )
+
+
+def _resume(trainer: Trainer, run: RunFolder, console: Console) -> int:
+    loaded = load_latest(run.checkpoints)
+    for note in loaded.notes:
+        console.print(f"[yellow]{note}[/]", highlight=False)
+    if loaded.snapshot is None:
+        run.truncate_after(0)
+        return 0
+    snapshot = loaded.snapshot
+    trainer.restore(Captured(snapshot.tensors, snapshot.values))
+    run.truncate_after(snapshot.step)
+    console.print(f"  continuing {trainer.stage} after step {snapshot.step} of {trainer.total_steps}", highlight=False)
+    return snapshot.step
+
+
+def _record(run: RunFolder, step: int, outcome: StepOutcome, seconds: float) -> None:
+    row = {**outcome.metrics, "time/step_seconds": seconds}
+    for name in row:
+        metrics.check(name)
+    # NaN is no JSON number: a metric without a value this step is left out of the line.
+    run.append_metrics(step, {name: value for name, value in row.items() if math.isfinite(value)})
+    if outcome.samples:
+        run.append_samples(step, outcome.samples)
+
+
+def _save(trainer: Trainer, run: RunFolder, step: int) -> None:
+    captured = trainer.capture()
+    run.sync()
+    save_checkpoint(run.checkpoints, Snapshot(step, captured.tensors, captured.values), keep=trainer.keep_checkpoints)

@@ -1,0 +1,106 @@
+"""The optimiser step: clip, check, update, and everything about it that must survive a restart."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from accord.config import OptimiserFields
+from accord.errors import TrainingError
+
+__all__ = ["Optimiser", "Update", "learning_rate_at"]
+
+MAX_SKIPPED_IN_A_ROW = 5
+
+
+def learning_rate_at(step: int, total: int, peak: float, section: OptimiserFields) -> float:
+    """Learning rate of step `step` in 1..total.
+
+    Warm-up rises linearly to `peak` over ceil(warmup_fraction * total) steps. After it, with p in [0, 1) the share of the
+    remaining steps already done: constant: peak; linear: peak (1 - p); cosine: peak (1 + cos(pi p)) / 2.
+    """
+    warmup = math.ceil(section.warmup_fraction * total)
+    if step <= warmup:
+        return peak * step / warmup
+    done = (step - 1 - warmup) / max(1, total - warmup)
+    if section.schedule == "linear":
+        return peak * (1 - done)
+    if section.schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * done))
+    return peak
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one optimiser step did. `grad_norm` is the global norm before clipping; `applied` False = skipped."""
+
+    grad_norm: float
+    applied: bool
+
+
+class Optimiser:
+    """AdamW over one model, with global-norm clipping and a guard against non-finite gradients."""
+
+    def __init__(self, model: nn.Module, section: OptimiserFields) -> None:
+        self._named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        matrices = [p for _, p in self._named if p.ndim >= 2]
+        vectors = [p for _, p in self._named if p.ndim < 2]
+        self._adam = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": section.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            lr=0.0,
+            betas=(section.adam_beta1, section.adam_beta2),
+            eps=section.adam_epsilon,
+            fused=True,
+        )
+        self._max_grad_norm = section.max_grad_norm
+        self.skipped = 0
+        self._skipped_in_a_row = 0
+
+    def update(self, learning_rate: float) -> Update:
+        """Apply the accumulated gradients once and clear them.
+
+        A non-finite gradient is skipped and counted, so one bad batch cannot poison the weights; several in a row mean
+        the run is lost: TrainingError.
+        """
+        parameters = [p for _, p in self._named]
+        norm = float(nn.utils.clip_grad_norm_(parameters, self._max_grad_norm))
+        applied = math.isfinite(norm)
+        if applied:
+            for group in self._adam.param_groups:
+                group["lr"] = learning_rate
+            self._adam.step()
+            self._skipped_in_a_row = 0
+        else:
+            self.skipped += 1
+            self._skipped_in_a_row += 1
+        self._adam.zero_grad(set_to_none=True)
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise TrainingError(
+                f"the gradient was not finite in {MAX_SKIPPED_IN_A_ROW} updates in a row; the last checkpoint is good. "
+                "Lower the learning rate, or look for broken rows in the data."
+            )
+        return Update(norm, applied)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """AdamW's moments by parameter name, for the checkpoint."""
+        state = self._adam.state
+        return {
+            f"{key}:{name}": value
+            for name, parameter in self._named
+            for key, value in state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
+
+    def counters(self) -> dict[str, int]:
+        return {"skipped": self.skipped, "skipped_in_a_row": self._skipped_in_a_row}
+
+    def restore(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
+        """Put back what `tensors` and `counters` gave."""
+        parameters = dict(self._named)
+        for key, value in tensors.items():
+            moment, _, name = key.partition(":")
+            self._adam.state[parameters[name]][moment] = value.clone()
+        self.skipped, self._skipped_in_a_row = counters["skipped"], counters["skipped_in_a_row"]
