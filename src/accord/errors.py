@@ -46,6 +46,10 @@ class TrainingError(AccordError):
 
 
 class Terminated(AccordError):
-    """SIGTERM arrived and the state was saved."""
+    """A signal asked the run to stop and the state was saved: 143 after SIGTERM, 130 after SIGINT."""
 
     exit_code = 143
+
+    def __init__(self, message: str, *, exit_code: int = 143) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

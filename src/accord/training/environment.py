@@ -1,0 +1,47 @@
+"""What a run ran on: the versions and the hardware, and which of them decide the last bits of a result."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import accord
+
+__all__ = ["environment", "environment_changes"]
+
+# Reductions are split by thread and vectorised by CPU capability, and every version may sum in another order.
+DECIDES_BITS = ("accord", "torch", "transformers", "tokenizers", "numpy", "cpu", "cpu_capability", "threads", "gpus")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware as a flat JSON object; `threads` is what torch uses now."""
+    import torch
+
+    return {
+        "accord": accord.__version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "tokenizers", "safetensors", "numpy")},
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
+
+
+def environment_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What changed between two environments that can change the last bits of a result, as "name: old -> new"."""
+    return [
+        f"{name}: {before.get(name)} -> {now.get(name)}" for name in DECIDES_BITS if before.get(name) != now.get(name)
+    ]
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,224 @@
+"""The folder of one run: what was asked, what it ran on, and what it measured, in files that survive a kill at any byte.
+
+config.yaml    the resolved configuration          run.json       data fingerprints, seed, every start with its environment
+metrics.jsonl  one line a step                      samples.jsonl  completions over time
+summary.json   written last: the run is finished    .lock          held while a process works here
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from accord.errors import CheckpointError, TrainingError
+from accord.training.atomic import make_folder, sync, write_json, write_text
+from accord.training.environment import environment, environment_changes
+
+__all__ = ["RunFolder"]
+
+CONFIG, RUN, METRICS, SAMPLES, SUMMARY, LOCK = (
+    "config.yaml",
+    "run.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "summary.json",
+    ".lock",
+)
+# Where a run is kept does not make it another run.
+NOT_IDENTITY = frozenset({"out"})
+DIFFERENCES_SHOWN = 10
+
+
+class RunFolder:
+    """Use as `with RunFolder.open(...) as run:`; then `run.truncate_after(step)` once, before the first append.
+
+    path   the folder
+    notes  sentences to show the user: what changed since the last start that can change the last bits of the result
+    """
+
+    def __init__(self, path: Path, lock: IO[str], notes: tuple[str, ...]) -> None:
+        self.path = path
+        self.notes = notes
+        self._lock = lock
+        self._logs: dict[str, IO[bytes]] = {}
+
+    @classmethod
+    def open(cls, path: Path, *, resolved_config: Mapping[str, Any], fingerprints: Mapping[str, str]) -> RunFolder:
+        """Take the folder for this process, as a new run or as the continuation of the same one.
+
+        Args:
+            resolved_config: every setting, as JSON values. With `fingerprints` it says which run this is; `out` is left out.
+            fingerprints: data file -> hash of its content.
+        Raises: CheckpointError when another process works in the folder, or it holds another run (naming what differs).
+        """
+        try:
+            make_folder(path)
+            lock = _take_lock(path)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot use {path} as a run folder: {error.strerror}. Set out to another one."
+            ) from error
+        try:
+            return cls(path, lock, _start(path, json.loads(json.dumps(resolved_config)), dict(fingerprints)))
+        except BaseException:
+            lock.close()
+            raise
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in (*self._logs.values(), self._lock):
+            file.close()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def finished(self) -> dict[str, Any] | None:
+        """The summary when the run is finished, else None."""
+        summary = self.path / SUMMARY
+        return json.loads(summary.read_bytes()) if summary.exists() else None
+
+    def truncate_after(self, step: int) -> None:
+        """Drop logged lines after `step`, and a torn last line, so that the logs continue as if never interrupted.
+
+        `step` is that of the checkpoint training continues from; -1 when it starts from scratch. Opens the logs.
+        """
+        for name in (METRICS, SAMPLES):
+            file = open(self.path / name, "a+b")  # noqa: SIM115 - stays open for the run
+            file.truncate(_length_up_to(file, step))
+            self._logs[name] = file
+        self.sync()
+        sync(self.path)
+
+    def append_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line for this step. JSON has no NaN or infinity: they are written as null."""
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._append(METRICS, [{"step": step, **finite}])
+
+    def append_samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
+        """One line for each sample: `step` and whatever JSON values describe it."""
+        self._append(SAMPLES, [{"step": step, **sample} for sample in samples])
+
+    def sync(self) -> None:
+        """Make the logs durable. Call before saving a checkpoint: a log may be ahead of it, never behind."""
+        for file in self._logs.values():
+            os.fsync(file.fileno())
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json: everything else is done and durable, and the run counts as finished."""
+        self.sync()
+        write_json(self.path / SUMMARY, dict(summary))
+
+    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        # ASCII: completions can hold characters that some readers take for line ends, and halves of surrogate pairs.
+        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        file = self._logs[name]
+        try:
+            file.write(text.encode("ascii"))
+            file.flush()
+        except OSError as error:
+            raise TrainingError(f"cannot write {self.path / name}: {error.strerror}") from error
+
+
+def _take_lock(path: Path) -> IO[str]:
+    """Hold the folder's lock. The system gives it back when the process ends, however it ends."""
+    lock = open(path / LOCK, "a+")  # noqa: SIM115 - held for the run
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        owner = lock.read().strip() or "unknown"
+        lock.close()
+        raise CheckpointError(
+            f"{path} is in use by process {owner}. Wait for it, stop it, or set out to another folder."
+        ) from None
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    return lock
+
+
+def _start(path: Path, config: dict[str, Any], fingerprints: dict[str, str]) -> tuple[str, ...]:
+    """Record this start in run.json and give the notes. config.yaml is written last and makes the folder a run."""
+    now = environment()
+    start = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv, "environment": now}
+    if not (path / CONFIG).exists():
+        write_json(path / RUN, {"seed": config.get("seed"), "data": fingerprints, "starts": [start]})
+        write_text(path / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        return ()
+    old_config, run = _read_run(path)
+    _require_same_run(path, _identity(old_config, run["data"]), _identity(config, fingerprints))
+    changes = environment_changes(run["starts"][-1]["environment"], now)
+    write_json(path / RUN, {**run, "starts": [*run["starts"], start]})
+    if not changes:
+        return ()
+    return (f"the result can differ in its last bits from an uninterrupted run, because of {'; '.join(changes)}",)
+
+
+def _read_run(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        config = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
+        run = json.loads((path / RUN).read_bytes())
+        if not isinstance(config, dict) or not run["starts"] or not isinstance(run["data"], dict):
+            raise ValueError("a part is missing")
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise CheckpointError(
+            f"{path} holds a {CONFIG} but not a readable run ({RUN} or {CONFIG}: {error}). Set out to another folder, "
+            f"or delete this one to start over."
+        ) from error
+    return config, run
+
+
+def _identity(config: Mapping[str, Any], fingerprints: Mapping[str, str]) -> dict[str, Any]:
+    settings = _flat({key: value for key, value in config.items() if key not in NOT_IDENTITY})
+    return settings | {f"content of {name}": fingerprint for name, fingerprint in fingerprints.items()}
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {key: value}
+    return {name: leaf for k, v in value.items() for name, leaf in _flat(v, f"{key}.{k}" if key else k).items()}
+
+
+def _require_same_run(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    missing = "(not set)"
+    differences = [
+        f"  {key}: {old.get(key, missing)!s:.60} there, {new.get(key, missing)!s:.60} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, missing) != new.get(key, missing)
+    ]
+    if not differences:
+        return
+    if len(differences) > DIFFERENCES_SHOWN:
+        differences[DIFFERENCES_SHOWN:] = [f"  ... and {len(differences) - DIFFERENCES_SHOWN} more"]
+    lines = "\n".join(differences)
+    raise CheckpointError(
+        f"{path} already holds a run that differs from this one:\n{lines}\n"
+        f"Use another folder with --set out=..., or delete {path} to start over."
+    )
+
+
+def _length_up_to(file: IO[bytes], step: int) -> int:
+    """Bytes in the whole, readable lines at the start of `file` that belong to steps up to `step`."""
+    length = 0
+    file.seek(0)
+    for line in file:
+        try:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        length += len(line)
+    return length
