@@ -1,8 +1,11 @@
-"""The folder of one run: what was asked, what it ran on, and what it measured, in files that survive a kill at any byte.
+"""The folder of one run: what was asked, what it ran on, what it measured, in files that survive a kill at any byte.
 
-config.yaml    the resolved configuration          run.json       data fingerprints, seed, every start with its environment
-metrics.jsonl  one line a step                      samples.jsonl  completions over time
-summary.json   written last: the run is finished    .lock          held while a process works here
+config.yaml    the resolved configuration
+run.json       seed, data fingerprints, and every start with its time, command and environment
+metrics.jsonl  one line a step
+samples.jsonl  completions over time
+summary.json   written last: the run is finished
+.lock          held while a process works here
 """
 
 from __future__ import annotations
@@ -25,14 +28,12 @@ from accord.training.environment import environment, environment_changes
 
 __all__ = ["RunFolder"]
 
-CONFIG, RUN, METRICS, SAMPLES, SUMMARY, LOCK = (
-    "config.yaml",
-    "run.json",
-    "metrics.jsonl",
-    "samples.jsonl",
-    "summary.json",
-    ".lock",
-)
+CONFIG = "config.yaml"
+RUN = "run.json"
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+SUMMARY = "summary.json"
+LOCK = ".lock"
 # Where a run is kept does not make it another run.
 NOT_IDENTITY = frozenset({"out"})
 DIFFERENCES_SHOWN = 10
@@ -56,8 +57,8 @@ class RunFolder:
         """Take the folder for this process, as a new run or as the continuation of the same one.
 
         Args:
-            resolved_config: every setting, as JSON values. With `fingerprints` it says which run this is; `out` is left out.
-            fingerprints: data file -> hash of its content.
+            resolved_config: every setting, as JSON values.
+            fingerprints: data file -> hash of its content. The two together, without `out`, say which run this is.
         Raises: CheckpointError when another process works in the folder, or it holds another run (naming what differs).
         """
         try:
@@ -96,7 +97,7 @@ class RunFolder:
         `step` is that of the checkpoint training continues from; -1 when it starts from scratch. Opens the logs.
         """
         for name in (METRICS, SAMPLES):
-            file = open(self.path / name, "a+b")  # noqa: SIM115 - stays open for the run
+            file = open(self.path / name, "a+b")
             file.truncate(_length_up_to(file, step))
             self._logs[name] = file
         self.sync()
@@ -134,7 +135,7 @@ class RunFolder:
 
 def _take_lock(path: Path) -> IO[str]:
     """Hold the folder's lock. The system gives it back when the process ends, however it ends."""
-    lock = open(path / LOCK, "a+")  # noqa: SIM115 - held for the run
+    lock = open(path / LOCK, "a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
