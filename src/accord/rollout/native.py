@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from accord.errors import ConfigError, DataError, TrainingError
 from accord.randomness import generator
@@ -163,7 +164,7 @@ class NativeSampler:
             # tokens that nobody reads.
             if 4 * num_finished >= len(alive):
                 kept = (~finished).nonzero()[:, 0]
-                _keep_rows(cache, kept)
+                _take_rows(cache, kept)
                 alive, tokens, mask, positions = alive[kept], tokens[kept], mask[kept], positions[kept]
                 finished = finished[kept]
             logits = self._model(
@@ -204,11 +205,58 @@ class NativeSampler:
         ).logits[:, -1]
         place = {index: position for position, index in enumerate(distinct)}
         repeat = torch.tensor([place[row.prompt] for row in rows], device=self._model.device)
-        _keep_rows(cache, repeat)
+        _take_rows(cache, repeat)
+        _reserve(cache, max_new_tokens)
         return logits[repeat], cache, mask[repeat]
 
 
-def _keep_rows(cache: DynamicCache, rows: Tensor) -> None:
+class _ReservedLayer(DynamicLayer):
+    """A cache layer that writes new tokens into room reserved for them.
+
+    The library's own layer concatenates, which copies everything cached so far at every token: for small models that
+    is most of the decoding time.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
+        """Start from what is cached already, (B, heads, tokens, width) each, and reserve `room` more tokens."""
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self._buffers = []
+        for states in (keys, values):
+            batch, heads, length, width = states.shape
+            buffer = states.new_empty(batch, heads, length + room, width)
+            buffer[:, :, :length] = states
+            self._buffers.append(buffer)
+        self._show(keys.shape[-2])
+
+    def _show(self, length: int) -> tuple[Tensor, Tensor]:
+        keys, values = (buffer[:, :, :length] for buffer in self._buffers)
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = states
+        return self._show(end)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        length = self.get_seq_length()
+        self._buffers = [buffer.index_select(0, beam_idx) for buffer in self._buffers]
+        self._show(length)
+
+
+def _reserve(cache: DynamicCache, room: int) -> None:
+    """Reserve room in the layers that grow without bound; others (sliding windows, recurrent states) stay small."""
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
+            cache.layers[index] = _ReservedLayer(layer.keys, layer.values, room)
+
+
+def _take_rows(cache: DynamicCache, rows: Tensor) -> None:
     """The cache of these rows, in this order, repeated where a row is. Every kind of cache layer supports this call;
     selecting and repeating rows by their own methods does not exist for recurrent layers."""
     cache.reorder_cache(rows)  # pyright: ignore[reportArgumentType]
