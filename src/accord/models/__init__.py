@@ -1,1 +1,1 @@
-
+"""Models: token layouts, token scores, loading and saving."""

@@ -1,0 +1,242 @@
+"""Loading, building and saving models: the policy, the reward model made from it, the value model made from that.
+
+Weights are read and written as safetensors alone: other weight files can run code when opened. Dropout is off in every
+model: importance ratios compare two passes over the same tokens, which dropout would make differ.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+)
+
+from accord.errors import ConfigError
+from accord.models.heads import fill_head, scalar_head
+
+__all__ = [
+    "ModelShape",
+    "build_model",
+    "load_policy",
+    "load_reward_model",
+    "reward_model_from",
+    "save_model",
+    "value_model_from",
+]
+
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The shape of a model built from nothing. `intermediate_size` None = 4 (gpt2) or 8/3 (llama) times the hidden."""
+
+    hidden_size: int
+    layers: int
+    heads: int
+    max_positions: int
+    kind: Literal["llama", "gpt2"] = "llama"
+    intermediate_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % (2 * self.heads):
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} does not divide into {self.heads} heads of an even size; "
+                f"choose a multiple of {2 * self.heads}"
+            )
+
+
+def build_model(shape: ModelShape, *, vocab_size: int, pad_id: int, eos_id: int, seed: int) -> Any:
+    """A causal language model with random weights that depend on the arguments alone; embeddings are tied."""
+    common: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "pad_token_id": pad_id,
+        "eos_token_id": eos_id,
+        "bos_token_id": None,
+        "tie_word_embeddings": True,
+    }
+    if shape.kind == "gpt2":
+        config = GPT2Config(
+            n_embd=shape.hidden_size,
+            n_layer=shape.layers,
+            n_head=shape.heads,
+            n_positions=shape.max_positions,
+            n_inner=shape.intermediate_size,
+            **common,
+        )
+    else:
+        config = LlamaConfig(
+            hidden_size=shape.hidden_size,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            max_position_embeddings=shape.max_positions,
+            intermediate_size=shape.intermediate_size or _round_up(shape.hidden_size * 8 // 3, 16),
+            **common,
+        )
+    _without_dropout(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def load_policy(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """(causal language model, tokenizer) from a folder or a hub name, without dropout, in evaluation mode.
+
+    The tokenizer comes with a padding token other than its end token: were they one, plain transformers would score a
+    finished answer as if its end were missing.
+    """
+    return _load(AutoModelForCausalLM, path, dtype, {})
+
+
+def load_reward_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """(sequence classification model with one output, tokenizer), as `load_policy`."""
+    model, tokenizer = _load(AutoModelForSequenceClassification, path, dtype, {})
+    scalar_head(model)
+    return model, tokenizer
+
+
+def reward_model_from(policy: Any, seed: int) -> Any:
+    """A reward model: a copy of the policy's trunk under a fresh scalar head (see `fill_head`)."""
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    config.problem_type = "regression"
+    config.architectures = None
+    with torch.random.fork_rng(devices=[]):
+        try:
+            model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
+        except ValueError as error:
+            raise ConfigError(
+                f"{type(policy).__name__} has no sequence-classification kind in transformers, so no reward model can "
+                "be made from it; use another architecture (llama, qwen, mistral, gemma, phi, olmo, gpt2, ...)"
+            ) from error
+    model.base_model.load_state_dict(policy.base_model.state_dict())
+    fill_head(model, seed)
+    return model.to(policy.device).eval()
+
+
+def value_model_from(reward_model: Any) -> Any:
+    """A value model that starts as the reward model: an independent copy, all of it trainable."""
+    model = copy.deepcopy(reward_model)
+    model.requires_grad_(True)
+    model.zero_grad(set_to_none=True)
+    return model
+
+
+def save_model(model: Any, tokenizer: Any, folder: str | Path) -> Path:
+    """Writes model and tokenizer as a Hugging Face folder, whole or not at all; replaces `folder` if it exists.
+
+    Everything is written beside the folder, flushed to the disk, and renamed into place.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    for file in partial.iterdir():
+        _flush(file)
+    _flush(partial)
+    if folder.exists():
+        replaced = folder.with_name(f".{folder.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        folder.rename(replaced)
+        partial.rename(folder)
+        shutil.rmtree(replaced)
+    else:
+        partial.rename(folder)
+    _flush(folder.parent)
+    return folder
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _load(kind: Any, path: str | Path, dtype: torch.dtype, overrides: dict[str, Any]) -> tuple[Any, Any]:
+    _check_folder(path)
+    try:
+        config = AutoConfig.from_pretrained(path, **overrides)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        _without_dropout(config)
+        _choose_padding(tokenizer)
+        config.pad_token_id = tokenizer.pad_token_id
+        model, report = kind.from_pretrained(
+            path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"cannot load a model from {str(path)!r}: {_first_sentence(error)} Expected a folder with config.json, "
+            "*.safetensors and a tokenizer, or the name of a model on the Hugging Face hub that is already downloaded "
+            "or can be reached"
+        ) from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ConfigError(
+            f"{path} lacks {len(missing)} of the weights of {type(model).__name__}, such as {missing[0]!r}: "
+            "it holds another kind of model"
+        )
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ConfigError(
+            f"{path}: the tokenizer has {len(tokenizer)} tokens but the model's vocabulary {rows}: they do not belong "
+            "together; save model and tokenizer to one folder"
+        )
+    return model.eval(), tokenizer
+
+
+def _check_folder(path: str | Path) -> None:
+    folder = Path(path)
+    if not folder.is_dir():
+        if folder.is_absolute() or str(path).startswith(".") or str(path).count("/") > 1:
+            raise ConfigError(f"{path}: no such folder; expected a Hugging Face model folder")
+        return
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{path}: no config.json in this folder; expected a Hugging Face model folder")
+    if not any(folder.glob("*.safetensors")):
+        pickled = sorted(file.name for pattern in _PICKLED for file in folder.glob(pattern))
+        found = f"only {pickled[0]}, which can run code when opened" if pickled else "no weights"
+        raise ConfigError(f"{path}: found {found}; expected *.safetensors; convert the model and save it again")
+
+
+def _first_sentence(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text.split(". ")[0].rstrip(".") + "."
+
+
+def _without_dropout(config: Any) -> None:
+    """Sets every dropout rate of a configuration to 0: the names differ, but all hold `drop` or end in it."""
+    for name, value in vars(config).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+
+
+def _choose_padding(tokenizer: Any) -> None:
+    """Gives the tokenizer a padding token other than its end token: one meant for padding, else the unknown token, else
+    the last of the vocabulary. Any token will do: padding is masked everywhere."""
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return
+    named = [t.content for _, t in sorted(tokenizer.added_tokens_decoder.items()) if "pad" in t.content.lower()]
+    by_id = sorted(tokenizer.get_vocab().items(), key=lambda item: -item[1])
+    candidates = [*named, tokenizer.unk_token, *(token for token, _ in by_id[:2])]
+    tokenizer.pad_token = next(token for token in candidates if token is not None and token != tokenizer.eos_token)
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step

@@ -1,0 +1,103 @@
+"""The start-up check that reading a model our way gives that model's own numbers, and which layout it can use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accord.errors import ConfigError
+from accord.models.layout import Layout, collate
+from accord.models.token_scores import attention_window, score_tokens
+from accord.records import TokenCompletion, TokenGroup
+
+__all__ = ["LayoutCheck", "check_layouts"]
+
+# Largest difference of a log-probability (nats) that rounding explains; 16-bit trunks round hidden states themselves.
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+_PLAIN_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutCheck:
+    """The layout to use; the largest difference (nats) between the two layouts, None if shared was not tried; and why
+    not shared, "" if shared."""
+
+    layout: Layout
+    max_difference: float | None
+    reason: str
+
+
+def check_layouts(
+    model: Any, groups: Sequence[TokenGroup], pad_id: int, *, max_tokens: int | None = None
+) -> LayoutCheck:
+    """Compares log-probabilities on a few groups: the model's own logits, our plain layout, our shared layout.
+
+    Plain differing from the model's own is an error: nothing trained that way would mean anything. Shared differing
+    from plain, or being impossible, is a reason to use plain.
+
+    Args:
+        groups: a few typical groups with completions; each is tried with one more completion (its first one reversed),
+            so that something is shared even where every group has one.
+        max_tokens: the longest prompt + completion to come; None = the longest in `groups`.
+    Raises: ConfigError when the model's own logits are not what we compute.
+    """
+    groups = [_with_another_completion(group) for group in groups]
+    tolerance = _TOLERANCE[model.dtype]
+    with torch.no_grad():
+        plain = collate(groups, layout="plain", pad_id=pad_id, device=model.device)
+        ours = score_tokens(model, plain).logprobs
+        difference = float((ours - _own_logprobs(model, groups, ours)).abs().max())
+        if not difference <= tolerance:
+            raise ConfigError(
+                f"{type(model).__name__} ({model.config.model_type}) computes its logits in a way Accord does "
+                f"not know: log-probabilities differ by {difference:.2g} nats from the model's own, expected at most "
+                f"{tolerance:g}; use another architecture (llama, qwen, mistral, gemma, phi, olmo, gpt2, ...)"
+            )
+        reason = _reason_for_plain(model, max(plain.longest, max_tokens or 0))
+        if reason:
+            return LayoutCheck("plain", None, reason)
+        try:
+            shared = score_tokens(model, collate(groups, layout="shared", pad_id=pad_id, device=model.device)).logprobs
+        except (TypeError, ValueError, RuntimeError) as error:
+            return LayoutCheck("plain", None, f"{type(model).__name__} cannot run the shared layout: {error}")
+    difference = float((shared - ours).abs().max())
+    if not difference <= tolerance:
+        return LayoutCheck("plain", difference, f"the shared layout changes log-probabilities by {difference:.2g} nats")
+    return LayoutCheck("shared", difference, "")
+
+
+def _with_another_completion(group: TokenGroup) -> TokenGroup:
+    first = group.completions[0]
+    return replace(group, completions=(*group.completions, TokenCompletion(first.ids[::-1], first.mask[::-1])))
+
+
+def _own_logprobs(model: Any, groups: Sequence[TokenGroup], like: Tensor) -> Tensor:
+    """(C, T) from the model's full logits, one unpadded row at a time."""
+    own = torch.zeros_like(like)
+    rows = [(group.prompt_ids, completion.ids) for group in groups for completion in group.completions]
+    for c, (prompt, completion) in enumerate(rows):
+        ids = torch.tensor([prompt + completion], device=model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].to(like.dtype)
+        own[c, : len(completion)] = logits.log_softmax(dim=-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+    return own
+
+
+def _reason_for_plain(model: Any, longest: int) -> str:
+    """Why this model cannot share prompts whatever a short comparison says; "" if it may."""
+    config, name = model.config, type(model).__name__
+    attention = config._attn_implementation
+    if attention not in {"sdpa", "eager"}:
+        return f"attention implementation {attention!r} takes no mask of ours (sdpa and eager do)"
+    window = attention_window(config)
+    if window is not None and longest > window:
+        return f"sequences of up to {longest} tokens exceed the attention window of {window}"
+    if getattr(model, "_is_stateful", False) or not set(getattr(config, "layer_types", None) or ()) <= _PLAIN_ATTENTION:
+        return f"{name} has recurrent layers, which read a row from left to right whatever the mask"
+    if any("expert" in key and value for key, value in config.to_dict().items()):
+        return f"{name} is a mixture of experts, whose routing may depend on the whole row"
+    return ""

@@ -1,0 +1,153 @@
+"""What a model says about a batch: log-probabilities and entropies of tokens, values, scores of completions.
+
+Every model is read through transformers' public interface: the trunk (`base_model`), the output embedding
+(`get_output_embeddings()`), or the scalar head. Shape letters as in `layout`: C completions, T tokens, R rows,
+L places.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from accord.errors import ConfigError
+from accord.models.heads import scalar_head
+from accord.models.layout import CompletionBatch
+from accord.models.projection import LogitTransform, token_logprobs
+
+__all__ = [
+    "TokenScores",
+    "attention_window",
+    "last_hidden_states",
+    "score_completions",
+    "score_tokens",
+    "score_values",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """Per-token results, (C, T); exactly 0, without gradient, where nothing was scored.
+
+    logprobs   log-probability of each completion token, nats, at the temperature asked for
+    entropies  entropy of the distribution each token was drawn from, nats; None unless asked for
+    """
+
+    logprobs: Tensor
+    entropies: Tensor | None
+
+
+def score_tokens(
+    model: Any,
+    batch: CompletionBatch,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    mask: Literal["loss", "valid"] = "valid",
+    chunk_rows: int | None = None,
+) -> TokenScores:
+    """Log-probabilities of the completion tokens under a causal language model; gradients flow unless switched off.
+
+    The vocabulary projection runs at the scored tokens alone: all that exist ("valid") or those in the loss ("loss").
+    `chunk_rows` is `token_logprobs`'.
+    """
+    scored = batch.valid_mask if mask == "valid" else batch.completion_mask
+    hidden = _hidden_states(model, batch)
+    places = (batch.row_index[:, None] * hidden.shape[1] + batch.predict_index)[scored]
+    head = model.get_output_embeddings()
+    logprobs, entropies = token_logprobs(
+        hidden.flatten(0, 1).index_select(0, places),
+        head.weight,
+        head.bias,
+        batch.completion_ids[scored],
+        _logit_transform(model, temperature),
+        with_entropy=with_entropy,
+        chunk_rows=chunk_rows,
+    )
+    return TokenScores(
+        logprobs=_spread(logprobs, scored), entropies=None if entropies is None else _spread(entropies, scored)
+    )
+
+
+def score_values(value_model: Any, batch: CompletionBatch) -> Tensor:
+    """(C, T) value before each completion token: the head on the hidden state that predicts it. 0 where no token is."""
+    hidden = _hidden_states(value_model, batch)
+    # The head runs everywhere: H multiplications a place cost less than gathering and scattering H numbers a token.
+    values = _at_least_float32(scalar_head(value_model)(hidden)).flatten()
+    places = (batch.row_index[:, None] * hidden.shape[1] + batch.predict_index)[batch.valid_mask]
+    return _spread(values.index_select(0, places), batch.valid_mask)
+
+
+def score_completions(reward_model: Any, batch: CompletionBatch) -> Tensor:
+    """(C,) score of each completion: the head on the hidden state of its last token."""
+    return _at_least_float32(scalar_head(reward_model)(last_hidden_states(reward_model, batch))[:, 0])
+
+
+def last_hidden_states(model: Any, batch: CompletionBatch) -> Tensor:
+    """(C, H) hidden state at each completion's last token."""
+    hidden = _hidden_states(model, batch)
+    places = batch.row_index * hidden.shape[1] + batch.last_index
+    return hidden.flatten(0, 1).index_select(0, places)
+
+
+def attention_window(config: Any) -> int | None:
+    """Tokens that the narrowest attention layer looks back over, itself included; None = all of them."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and not any(kind in {"sliding_attention", "chunked_attention"} for kind in kinds):
+        return None
+    if getattr(config, "use_sliding_window", True) is False:
+        return None
+    return getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+
+
+def _hidden_states(model: Any, batch: CompletionBatch) -> Tensor:
+    """(R, L, H) from the trunk."""
+    if batch.attention_mask.dim() == 2:
+        # Under a causal mask no token sees the padding to its right. Without a mask the fast causal kernel runs, and
+        # the model counts positions by itself.
+        inputs: dict[str, Any] = {}
+    else:
+        window = attention_window(model.config)
+        if window is not None and batch.longest > window:
+            raise ConfigError(
+                f"a prompt and completion of {batch.longest} tokens exceed {type(model).__name__}'s attention window "
+                f"of {window}: the shared layout's mask would replace the window; use the plain layout"
+            )
+        inputs = {"position_ids": batch.position_ids, "attention_mask": _as_model_mask(model, batch.attention_mask)}
+    return model.base_model(input_ids=batch.input_ids, use_cache=False, **inputs).last_hidden_state
+
+
+def _as_model_mask(model: Any, mask: Tensor) -> Tensor:
+    """The boolean mask for scaled-dot-product attention; the additive one for attention written out in Python."""
+    kind = model.config._attn_implementation
+    if kind == "sdpa":
+        return mask
+    if kind == "eager":
+        return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(
+            ~mask, torch.finfo(model.dtype).min
+        )
+    raise ConfigError(
+        f"attention implementation {kind!r} takes no mask of ours; use the plain layout, or sdpa or eager"
+    )
+
+
+def _logit_transform(model: Any, temperature: float) -> LogitTransform:
+    """The model's own changes to its logits, from the names transformers' configurations give them."""
+    config = model.config
+    return LogitTransform(
+        scale=(getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0),
+        softcap=getattr(config, "final_logit_softcapping", None),
+        temperature=temperature,
+    )
+
+
+def _spread(values: Tensor, mask: Tensor) -> Tensor:
+    """(N,) values at the True places of a (C, T) mask, 0 elsewhere."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
