@@ -114,6 +114,8 @@ def _bradley_terry(
     margins = zeros if margins is None else full_precision(margins)
     soft_labels = zeros + 1 if soft_labels is None else full_precision(soft_labels)
     require_same_shape(groups=zeros, margins=margins, soft_labels=soft_labels)
+    num_pairs = zeros.index_add(0, pair_group, torch.ones_like(difference))
+    has_pairs = num_pairs > 0
 
     def per_group(logits: Tensor) -> Tensor:
         """(size,) mean over each group's pairs of the cross-entropy of sigmoid(logits) against the soft label."""
@@ -121,8 +123,6 @@ def _bradley_terry(
         pair_losses = -(label * logsigmoid(logits) + (1 - label) * logsigmoid(-logits))
         return zeros.index_add(0, pair_group, pair_losses) / num_pairs.clamp_min(1)
 
-    num_pairs = zeros.index_add(0, pair_group, torch.ones_like(difference))
-    has_pairs = num_pairs > 0
     gap = difference.detach()
     return RewardLoss(
         loss=masked_mean(per_group(difference - margins[pair_group]), has_pairs, num_groups),
