@@ -1,7 +1,7 @@
 """The folder of one run: what was asked, what it ran on, what it measured, in files that survive a kill at any byte.
 
-config.yaml    the resolved configuration
-run.json       seed, data fingerprints, and every start with its time, command and environment
+config.yaml    the resolved configuration, to be read by people
+run.json       configuration, seed, data fingerprints, and every start with its time, command and environment
 metrics.jsonl  one line a step
 samples.jsonl  completions over time
 summary.json   written last: the run is finished
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -66,7 +65,7 @@ class RunFolder:
             lock = _take_lock(path)
         except OSError as error:
             raise CheckpointError(
-                f"cannot use {path} as a run folder: {error.strerror}. Set out to another one."
+                f"cannot use {path} as a run folder: {error.strerror}. Use another one with --set out=..."
             ) from error
         try:
             return cls(path, lock, _start(path, json.loads(json.dumps(resolved_config)), dict(fingerprints)))
@@ -94,7 +93,7 @@ class RunFolder:
     def truncate_after(self, step: int) -> None:
         """Drop logged lines after `step`, and a torn last line, so that the logs continue as if never interrupted.
 
-        `step` is that of the checkpoint training continues from; -1 when it starts from scratch. Opens the logs.
+        `step` is that of the checkpoint training continues from, 0 when it starts from scratch. Opens the logs.
         """
         for name in (METRICS, SAMPLES):
             file = open(self.path / name, "a+b")
@@ -104,9 +103,8 @@ class RunFolder:
         sync(self.path)
 
     def append_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line for this step. JSON has no NaN or infinity: they are written as null."""
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._append(METRICS, [{"step": step, **finite}])
+        """One line for this step. NaN and infinities, which JSON has not, are a ValueError."""
+        self._append(METRICS, [{"step": step, **metrics}])
 
     def append_samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
         """One line for each sample: `step` and whatever JSON values describe it."""
@@ -143,7 +141,7 @@ def _take_lock(path: Path) -> IO[str]:
         owner = lock.read().strip() or "unknown"
         lock.close()
         raise CheckpointError(
-            f"{path} is in use by process {owner}. Wait for it, stop it, or set out to another folder."
+            f"{path} is in use by process {owner}. Wait for it, stop it, or use another folder with --set out=..."
         ) from None
     lock.truncate(0)
     lock.write(f"{os.getpid()}\n")
@@ -152,34 +150,38 @@ def _take_lock(path: Path) -> IO[str]:
 
 
 def _start(path: Path, config: dict[str, Any], fingerprints: dict[str, str]) -> tuple[str, ...]:
-    """Record this start in run.json and give the notes. config.yaml is written last and makes the folder a run."""
+    """Record this start in run.json and give the notes. config.yaml is for people: nothing reads it back."""
     now = environment()
     start = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv, "environment": now}
+    changes: list[str] = []
+    if (path / RUN).exists():
+        run = _read_run(path)
+        _require_same_run(path, _identity(run["config"], run["data"]), _identity(config, fingerprints))
+        changes = environment_changes(run["starts"][-1]["environment"], now)
+        write_json(path / RUN, {**run, "starts": [*run["starts"], start]})
+    elif (path / CONFIG).exists():
+        raise CheckpointError(f"{path} holds a {CONFIG} of something else. Use another folder with --set out=...")
+    else:
+        record = {"seed": config.get("seed"), "data": fingerprints, "config": config, "starts": [start]}
+        write_json(path / RUN, record)
     if not (path / CONFIG).exists():
-        write_json(path / RUN, {"seed": config.get("seed"), "data": fingerprints, "starts": [start]})
         write_text(path / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-        return ()
-    old_config, run = _read_run(path)
-    _require_same_run(path, _identity(old_config, run["data"]), _identity(config, fingerprints))
-    changes = environment_changes(run["starts"][-1]["environment"], now)
-    write_json(path / RUN, {**run, "starts": [*run["starts"], start]})
     if not changes:
         return ()
     return (f"the result can differ in its last bits from an uninterrupted run, because of {'; '.join(changes)}",)
 
 
-def _read_run(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_run(path: Path) -> dict[str, Any]:
     try:
-        config = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
         run = json.loads((path / RUN).read_bytes())
-        if not isinstance(config, dict) or not run["starts"] or not isinstance(run["data"], dict):
+        if not run["starts"] or not isinstance(run["data"], dict) or not isinstance(run["config"], dict):
             raise ValueError("a part is missing")
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path} holds a {CONFIG} but not a readable run ({RUN} or {CONFIG}: {error}). Set out to another folder, "
-            f"or delete this one to start over."
+            f"{path / RUN} is not readable as the record of a run ({error}). Use another folder with --set out=..., or "
+            f"delete {path} to start over."
         ) from error
-    return config, run
+    return run
 
 
 def _identity(config: Mapping[str, Any], fingerprints: Mapping[str, str]) -> dict[str, Any]:

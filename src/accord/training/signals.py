@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import time
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from accord.errors import Terminated
-
-__all__ = ["GracefulStop", "terminated"]
+__all__ = ["GracefulStop"]
 
 # Supervisors such as `timeout` signal the process and then its group, so one request can arrive twice.
 SAME_REQUEST_SECONDS = 0.2
@@ -41,10 +38,3 @@ class GracefulStop:
             self.requested, self._requested_at = number, time.monotonic()
         elif time.monotonic() - self._requested_at > SAME_REQUEST_SECONDS:
             os._exit(128 + number)
-
-
-def terminated(number: int, checkpoint: Path) -> Terminated:
-    """The error to raise once the state is saved: exit code 143 after SIGTERM, 130 after SIGINT."""
-    name = signal.Signals(number).name
-    message = f"stopped by {name}; the state is saved in {checkpoint}. Run the same command again to continue."
-    return Terminated(message, exit_code=128 + number)
