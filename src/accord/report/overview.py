@@ -1,0 +1,126 @@
+"""The report of a whole run: `overview_report(root, stages)` tells the story of all stages on one page.
+
+It reads `root/summary.json`, which has the keys of a stage's summary (see `accord.report.stage`; `name` and `win_rates`
+are the usual ones), and every stage's folder, and links to the stages' own reports where they exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from accord.report.html import Html, duration, element, page, section, with_interval
+from accord.report.panels import (
+    account,
+    calibration_figure,
+    comparison_figure,
+    curve_figure,
+    exchanges,
+    key_figures,
+    metric_figures,
+    over_optimisation_figure,
+    warnings,
+)
+from accord.report.reading import Estimate, Run, read_run
+from accord.report.stage import STAGES, stage_title
+
+__all__ = ["overview_report"]
+
+_GLOSSARY = {
+    "Interval": "Every number is measured on a sample. The interval is the range of true values that the sample does "
+    "not rule out (at 95%), and n is the number of prompts or comparisons behind it. Small n, wide interval.",
+    "Win rate": "A blind judge sees two answers to the same prompt, without knowing who wrote which, and picks one. "
+    "50% means no difference.",
+    "Score, or proxy": "What the reward model thinks of an answer. PPO raises it directly, so a rise alone proves "
+    "nothing.",
+    "Gold, or true utility": "What the annotators really value. Only a simulation knows it; no stage trains on it.",
+    "KL": "How far a model's behaviour has moved from the model it started from, in nats. The charts use its square "
+    "root, because reward typically grows in proportion to that at first.",
+    "Over-optimisation": "Past some distance the policy finds answers that the reward model likes and people do not: "
+    "the proxy goes on rising while gold falls. The remedy is to stop earlier or to raise kl_coef.",
+}
+
+
+def overview_report(root: Path, stages: Sequence[str]) -> Path:
+    """Write `root/report.html` and return its path. `stages` are run folders relative to root, in the order they ran.
+
+    Raises DataError, UnknownMetric.
+    """
+    whole = read_run(root)
+    runs = [read_run(root / stage) for stage in stages]
+    header = element(
+        "header",
+        element("p", "Accord report", class_="eyebrow"),
+        element("h1", whole.stage),
+        element("p", _subtitle(whole, len(runs)), class_="sub"),
+        *warnings([*whole.warnings, *(f"{stage_title(run)}: {text}" for run in runs for text in run.warnings)]),
+    )
+    parts: list[tuple[str, str | None, list[Html | None]]] = [
+        ("In short", None, _in_short(whole)),
+        ("The pipeline", "Each stage builds on the ones before it.", [_pipeline(root, runs)]),
+        ("Did it get better?", None, [comparison_figure(_comparisons(whole, runs))]),
+        ("Was the reward model exploited?", None, _ppo(runs)),
+        ("Can the reward model be trusted?", None, [calibration_figure(run) for run in runs]),
+        ("More charts", None, [curve_figure(curve) for run in (whole, *runs) for curve in run.curves]),
+        ("Side by side", None, list(exchanges([item for run in (whole, *runs) for item in run.side_by_side]))),
+        ("How to read this page", None, [_glossary()]),
+    ]
+    shown = [(name, note, [child for child in children if child is not None]) for name, note, children in parts]
+    sections = [(name, section(name, *children, note=note)) for name, note, children in shown if children]
+    path = root / "report.html"
+    path.write_text(page(f"{whole.stage} \u00b7 Accord", header, sections), encoding="utf-8")
+    return path
+
+
+def _subtitle(whole: Run, count: int) -> str:
+    time = f" in {duration(whole.seconds)}" if whole.seconds is not None else ""
+    return f"{count} stages{time}" if whole.finished else f"{count} stages, not finished: there is no summary yet"
+
+
+def _in_short(whole: Run) -> list[Html | None]:
+    numbers = key_figures(whole.headline) if whole.headline else None
+    return [account(whole.account) if whole.account else None, numbers]
+
+
+def _comparisons(whole: Run, runs: Sequence[Run]) -> tuple[Estimate, ...]:
+    """The whole run's win rates, and those of stages it does not repeat."""
+    by_name = {item.name: item for run in (*runs, whole) for item in run.comparisons}
+    return tuple(by_name.values())
+
+
+def _pipeline(root: Path, runs: Sequence[Run]) -> Html:
+    return element("ol", *(_step(root, index, run) for index, run in enumerate(runs, start=1)), class_="steps")
+
+
+def _step(root: Path, index: int, run: Run) -> Html:
+    numbers = [
+        part
+        for item in run.headline[:2]
+        for part in (
+            element("dt", item.name),
+            element("dd", with_interval(item.value, item.low, item.high, item.n, item.unit)),
+        )
+    ]
+    linked = (run.folder / "report.html").is_file()
+    target = f"{run.folder.relative_to(root).as_posix()}/report.html"
+    when = duration(run.seconds) if run.seconds is not None else "" if run.finished else "not finished"
+    return element(
+        "li",
+        element("span", f"{index}{' · ' if when else ''}{when}", class_="when"),
+        element("h3", stage_title(run)),
+        element("p", STAGES[run.stage][1]) if run.stage in STAGES else None,
+        element("dl", *numbers) if numbers else None,
+        element("a", "Stage report", href=target) if linked else None,
+        class_="card",
+    )
+
+
+def _ppo(runs: Sequence[Run]) -> list[Html | None]:
+    """For every run that sampled from its policy: reward against distance, then its curves."""
+    sampled = [run for run in runs if any(name.startswith("rollout/") for name in run.metrics)]
+    return [part for run in sampled for part in (over_optimisation_figure(run), metric_figures(run))]
+
+
+def _glossary() -> Html:
+    terms = [part for term, text in _GLOSSARY.items() for part in (element("h3", term), element("p", text))]
+    return element("div", *terms, class_="card account")

@@ -1,0 +1,302 @@
+"""The parts that stage and overview pages share: figures from records, with their explanations from the registry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from accord.metrics import METRICS, check
+from accord.report.html import Html, element, join, number, quantity, with_interval
+from accord.report.reading import Answer, Curve, Estimate, Exchange, Points, Run
+from accord.report.svg import ForestRow, Series, calibration_plot, forest_plot, histogram, legend, xy_chart
+
+__all__ = [
+    "account",
+    "calibration_figure",
+    "comparison_figure",
+    "curve_figure",
+    "exchanges",
+    "key_figures",
+    "key_value_table",
+    "metric_figures",
+    "other_metric_figures",
+    "over_optimisation_figure",
+    "score_figure",
+    "warnings",
+]
+
+# Chart title -> the metrics drawn together. In reading order, most telling first; a stage shows what it logged.
+_PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("Score from the reward model", ("rollout/score/mean", "eval/score/mean")),
+    ("Gold utility", ("rollout/gold_utility/mean", "eval/gold_utility/mean")),
+    ("Distance from the reference", ("rollout/kl_per_sequence_nats", "eval/kl_per_sequence_nats")),
+    ("Length", ("rollout/completion_tokens/mean", "eval/completion_tokens/mean")),
+    ("Loss", ("train/loss", "eval/loss")),
+    ("Accuracy on comparisons", ("train/accuracy", "eval/accuracy")),
+    ("Margin between the answers", ("train/margin/mean", "eval/margin/mean")),
+    ("How samples end", ("rollout/finished_fraction", "rollout/truncated_fraction")),
+    ("Variety", ("rollout/distinct_2", "rollout/repetition")),
+    ("Entropy", ("train/entropy_nats", "rollout/entropy_nats")),
+    ("Value model", ("train/explained_variance",)),
+    ("Size of the updates", ("train/approx_kl",)),
+    ("Clipped tokens", ("train/clip_fraction", "train/value_clip_fraction")),
+    ("Gradient norm", ("train/grad_norm", "train/value_grad_norm")),
+    ("Learning rate", ("train/learning_rate", "train/value_learning_rate")),
+    ("Where the time goes", ("time/generate_seconds", "time/score_seconds", "time/update_seconds")),
+)
+
+_BETTER = {"up": "higher is better", "down": "lower is better", "neutral": "no better direction"}
+_MOST_POINTS = 160  # per line; more cannot be told apart at this width and make the file large
+
+
+def figure(title: str, chart: Html, *, key: Html | None = None, trend: str = "", caption: Html | str = "") -> Html:
+    right = element("span", trend, class_="trend") if trend else None
+    head = element("div", element("h3", title), right, class_="figure-head")
+    return element("figure", head, key, chart, element("figcaption", caption) if caption else None, class_="card")
+
+
+def metric_figures(run: Run) -> Html | None:
+    """The charts of the metrics that matter, two to a row."""
+    figures = [_metric_figure(title, names, run) for title, names in _PANELS]
+    shown = [item for item in figures if item is not None]
+    return element("div", *shown, class_="grid") if shown else None
+
+
+def other_metric_figures(run: Run) -> Html | None:
+    """Every logged metric that `metric_figures` leaves out, folded away. Raises UnknownMetric for undeclared names."""
+    panelled = {name for _, names in _PANELS for name in names}
+    figures = [_metric_figure(name, (name,), run) for name in sorted(run.metrics) if name not in panelled]
+    if not figures:
+        return None
+    grid = element("div", *figures, class_="grid")
+    return element("details", element("summary", f"All other metrics ({len(figures)})"), grid, class_="more")
+
+
+def _metric_figure(title: str, names: Iterable[str], run: Run) -> Html | None:
+    logged = [check(name) for name in names if name in run.metrics]
+    if not logged:
+        return None
+    series = [_thinned(metric.name, run.metrics[metric.name], colour) for colour, metric in enumerate(logged)]
+    unit = logged[0].unit
+    chart = xy_chart(series, title=title, x_label="step", y_label=unit)
+    entries = []
+    for metric in logged:
+        facts = ", ".join(filter(None, (metric.unit, metric.reduction, _BETTER[metric.direction])))
+        entries.append(element("dt", element("code", metric.name, title=metric.formula)))
+        entries.append(element("dd", f"{metric.meaning} ({facts}) ", element("code", metric.formula)))
+    details = element("details", element("summary", "What is drawn, exactly"), element("dl", *entries))
+    band = " The band holds all steps behind each point." if any(item.lows for item in series) else ""
+    first = f"{logged[0].meaning} {_BETTER[logged[0].direction].capitalize()}.{band}"
+    return figure(title, chart, key=legend(series), trend=_trend(series[0], unit), caption=join([first, details]))
+
+
+def _trend(series: Series, unit: str) -> str:
+    finite = [y for y in series.ys if math.isfinite(y)]
+    bare = unit if unit in {"fraction", "seconds"} else None
+    return f"{quantity(finite[0], bare)} \u2192 {quantity(finite[-1], bare)}" if len(finite) > 1 else ""
+
+
+def _thinned(label: str, points: Points, colour: int) -> Series:
+    """The points as a line; a long run becomes means of neighbouring steps, with a band from smallest to largest."""
+    width = math.ceil(len(points) / _MOST_POINTS)
+    if width <= 1:
+        return Series(label, tuple(x for x, _ in points), tuple(y for _, y in points), colour)
+    buckets = [points[start : start + width] for start in range(0, len(points), width)]
+    finite = [[y for _, y in bucket if math.isfinite(y)] or [math.nan] for bucket in buckets]
+    return Series(
+        label,
+        tuple(sum(x for x, _ in bucket) / len(bucket) for bucket in buckets),
+        tuple(sum(ys) / len(ys) for ys in finite),
+        colour,
+        lows=tuple(min(ys) for ys in finite),
+        highs=tuple(max(ys) for ys in finite),
+    )
+
+
+def over_optimisation_figure(run: Run) -> Html | None:
+    """Proxy reward and gold utility against sqrt(KL): a dot per rollout step and a smoothed line each.
+
+    The two have different scales, so both are gains over the first rollout in units of the standard deviation among
+    its samples (or plain gains where that was not logged). Axis: Gao et al. 2022, arXiv:2210.10760.
+    """
+    kl = dict(run.metrics.get("rollout/kl_per_sequence_nats", ()))
+    series: list[Series] = []
+    scaled = True
+    for colour, (label, name) in enumerate(
+        (("proxy: the reward model", "rollout/score"), ("gold: true utility", "rollout/gold_utility"))
+    ):
+        values = [
+            (math.sqrt(max(0.0, kl[step])), value)
+            for step, value in run.metrics.get(f"{name}/mean", ())
+            if math.isfinite(value) and math.isfinite(kl.get(step, math.nan))
+        ]
+        if len(values) < 3:
+            continue
+        spreads = [spread for _, spread in run.metrics.get(f"{name}/std", ()) if spread > 0]
+        scaled = scaled and bool(spreads)
+        unit, first = (spreads[0] if spreads else 1.0), values[0][1]
+        dots = sorted((x, (value - first) / unit) for x, value in values)
+        xs, ys = tuple(x for x, _ in dots), tuple(y for _, y in dots)
+        line_xs, line_ys = smoothed(xs, ys)
+        series.append(Series("", xs, ys, colour, draw="points", labels=tuple(f"{label} at {number(x)}" for x in xs)))
+        series.append(Series(label, line_xs, line_ys, colour))
+    if not series:
+        return None
+    unit = "gain (SDs of the first rollout)" if scaled else "gain since the first rollout"
+    title = "Reward against distance"
+    chart = xy_chart(series, title=title, x_label="\u221aKL to the reference (\u221anats)", y_label=unit)
+    return figure(title, chart, key=legend(series), caption=_over_optimisation_caption(series))
+
+
+def _over_optimisation_caption(series: Sequence[Series]) -> str:
+    text = "Each dot is one rollout; the lines are smoothed. "
+    for line in (item for item in series if item.draw == "line"):
+        best = max(range(len(line.ys)), key=line.ys.__getitem__)
+        text += (
+            f"{line.label.partition(':')[0].capitalize()} is highest at \u221aKL {number(line.xs[best])} "
+            f"({number(line.ys[best])}) and ends at {number(line.ys[-1])}. "
+        )
+    if sum(item.draw == "line" for item in series) == 2:
+        text += "Where the proxy still climbs and gold falls, the policy exploits the reward model."
+    return text
+
+
+def smoothed(xs: Sequence[float], ys: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Local linear regression of y on x with a Gaussian kernel an eighth of the range wide, on 60 even positions.
+
+    Linear inside the window, so the ends are not pulled towards the middle. Source: Cleveland 1979 (without the
+    robustness steps).
+    """
+    low, high = min(xs), max(xs)
+    width = (high - low) / 8
+    if width == 0:
+        return (low,), (sum(ys) / len(ys),)
+    grid = [low + (high - low) * i / 59 for i in range(60)]
+    return tuple(grid), tuple(_local_line(xs, ys, x, width) for x in grid)
+
+
+def _local_line(xs: Sequence[float], ys: Sequence[float], at: float, width: float) -> float:
+    weights = [math.exp(-0.5 * ((x - at) / width) ** 2) for x in xs]
+    total = sum(weights)
+    mean_x = sum(w * x for w, x in zip(weights, xs, strict=True)) / total
+    mean_y = sum(w * y for w, y in zip(weights, ys, strict=True)) / total
+    spread = sum(w * (x - mean_x) ** 2 for w, x in zip(weights, xs, strict=True))
+    covariance = sum(w * (x - mean_x) * (y - mean_y) for w, x, y in zip(weights, xs, ys, strict=True))
+    # A window that holds one point only has no slope to speak of.
+    slope = covariance / spread if spread > 1e-6 * total * width**2 else 0.0
+    return mean_y + slope * (at - mean_x)
+
+
+def curve_figure(curve: Curve) -> Html:
+    chart = xy_chart(curve.series, title=curve.title, x_label=curve.x_label, y_label=curve.y_label)
+    return figure(curve.title, chart, key=legend(curve.series), caption=curve.note)
+
+
+def calibration_figure(run: Run) -> Html | None:
+    if not run.calibration:
+        return None
+    chart = calibration_plot(run.calibration, title="Calibration of the reward model")
+    total = sum(n for _, _, n in run.calibration)
+    caption = (
+        "When the reward model says an answer is preferred with 80%, annotators should prefer it 8 times in 10: the "
+        f"points should lie on the diagonal. Bars are 95% intervals, n = {number(total)} held-out comparisons."
+    )
+    return figure("Calibration of the reward model", chart, caption=caption)
+
+
+def score_figure(run: Run) -> Html | None:
+    """Scores of the first and the last logged samples, overlaid."""
+    by_step: dict[int, list[float]] = {}
+    for sample in run.samples:
+        if sample.score is not None and math.isfinite(sample.score):
+            by_step.setdefault(sample.step, []).append(sample.score)
+    full = sorted(step for step, scores in by_step.items() if len(scores) >= 8)
+    if len(full) < 2:
+        return None
+    groups = [(f"step {step}", by_step[step]) for step in (full[0], full[-1])]
+    title = "Scores of the samples"
+    key = legend([Series(label, (), (), colour, draw="points") for colour, (label, _) in enumerate(groups)])
+    counts = " and ".join(f"n = {len(scores)} at {label}" for label, scores in groups)
+    return figure(title, histogram(groups, title=title, x_label="score"), key=key, caption=f"Logged samples: {counts}.")
+
+
+def comparison_figure(comparisons: Sequence[Estimate], title: str = "Win rates") -> Html | None:
+    """Forest plot and, beside it, what each row says in words."""
+    rows = [item for item in comparisons if math.isfinite(item.value)]
+    if not rows:
+        return None
+    plot = forest_plot([ForestRow(item.name, item.value, item.low, item.high, item.n) for item in rows], title=title)
+    verdicts = element("ul", *(_verdict(item) for item in rows), class_="verdicts")
+    caption = "Bars are 95% intervals. At 50% the two are equally good; ties count half."
+    return element("div", figure(title, plot, caption=caption), element("div", verdicts, class_="card"), class_="grid")
+
+
+def _verdict(item: Estimate) -> Html:
+    if item.low is None or item.high is None:
+        words = "no interval given, so nothing can be concluded"
+    elif item.low > 0.5:
+        words = "better, by more than chance explains"
+    elif item.high < 0.5:
+        words = "worse, by more than chance explains"
+    else:
+        words = "no difference shown: the interval includes 50%"
+    detail = f"{with_interval(item.value, item.low, item.high, item.n, item.unit)}; {item.meaning}"
+    return element("li", element("b", item.name), f": {words}.", element("div", detail, class_="detail"))
+
+
+def key_figures(estimates: Sequence[Estimate]) -> Html:
+    return element("div", *(_tile(item) for item in estimates), class_="tiles")
+
+
+def _tile(item: Estimate) -> Html:
+    bare = item.unit if item.unit in {"fraction", "seconds"} else None
+    spread = [] if item.unit == bare or not item.unit else [item.unit]
+    if item.low is not None and item.high is not None:
+        spread.append(f"95% interval {quantity(item.low, bare)} to {quantity(item.high, bare)}")
+    if item.n is not None:
+        spread.append(f"n = {number(item.n)}")
+    declared = METRICS.get(item.name)
+    return element(
+        "div",
+        element("div", item.name, class_="name", title=declared.formula if declared else None),
+        element("div", quantity(item.value, bare), class_="value"),
+        element("div", ", ".join(spread), class_="spread") if spread else None,
+        element("div", item.meaning, class_="why") if item.meaning else None,
+        class_="card tile",
+    )
+
+
+def account(paragraphs: Sequence[str]) -> Html:
+    return element("div", *(element("p", text) for text in paragraphs), class_="card account")
+
+
+def warnings(messages: Sequence[str]) -> list[Html]:
+    return [element("div", element("p", text), class_="warning", role="note") for text in messages]
+
+
+def exchanges(items: Sequence[Exchange]) -> list[Html]:
+    """Prompts, each with its answers side by side. Colours follow the order of the answers."""
+    return [
+        element(
+            "article",
+            element("p", item.prompt, class_="prompt"),
+            element("div", *(_answer(i, answer) for i, answer in enumerate(item.answers)), class_="answers"),
+            class_="card exchange",
+        )
+        for item in items
+    ]
+
+
+def _answer(index: int, answer: Answer) -> Html:
+    said = (
+        element("div", answer.text, class_="said") if answer.text.strip() else element("div", "empty", class_="empty")
+    )
+    notes = element("span", ", ".join(answer.notes)) if answer.notes else None
+    who = element("div", element("b", answer.who), notes, class_="who")
+    return element("div", who, said, class_=f"answer c{index % 6}")
+
+
+def key_value_table(rows: Sequence[tuple[str, str]]) -> Html:
+    return element(
+        "table", *(element("tr", element("th", key, scope="row"), element("td", value)) for key, value in rows)
+    )

@@ -1,0 +1,135 @@
+"""The report of one stage: `stage_report(folder)` reads a run folder and writes `report.html` into it.
+
+What it reads. Every file and every key marked * may be missing; what is missing is not shown.
+
+    config.yaml     shown as it is
+    run.json        free form: versions, command, seed, hardware, ...; shown as a table with dotted keys
+    metrics.jsonl   {"step": int, "<declared metric>": number | null, ...}; null and NaN are gaps in the curve
+    samples.jsonl   {"step": int, "prompt": str, "completion": str, "score"*: number | null, <anything else>}
+    summary.json    written last, so a folder without it is a run in progress:
+        stage*          str, which stage this is: sft, reward, ppo, evaluate, ...
+        seconds*        number
+        headline*       [{name, value, low*, high*, n*, unit*, meaning*}]; low and high bound the 95% interval. Where
+                        name is a declared metric, unit and meaning are filled in. Unit "fraction" is shown as percent,
+                        "seconds" as a duration
+        account*        [str], paragraphs in plain words: what happened
+        warnings*       [str]
+        comparisons*    [{name, value, low*, high*, n*, judge*}], win rates in [0, 1], named like "ppo over sft"
+        win_rates*      {name: {value, low*, high*, n*, judge*}}, the same in the form of a whole run's summary
+        calibration*    [{predicted, observed, n}], of held-out comparisons, one per bin, shares in [0, 1]
+        curves*         [{title, x_label, y_label, note*, series: [{label, x, y, low*, high*, labels*, draw*}]}]; draw
+                        is "line", "points" or "labelled" (points with their labels printed)
+        side_by_side*   [{prompt, answers: {who: text}, scores*: {who: number}, gold*: {who: number}}]; gold is the
+                        true utility, where a simulator knows it
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from accord.report.html import Html, duration, element, page, section
+from accord.report.panels import (
+    account,
+    calibration_figure,
+    comparison_figure,
+    curve_figure,
+    exchanges,
+    key_figures,
+    key_value_table,
+    metric_figures,
+    other_metric_figures,
+    over_optimisation_figure,
+    score_figure,
+    warnings,
+)
+from accord.report.reading import Answer, Exchange, Run, Sample, read_run
+
+__all__ = ["STAGES", "stage_report", "stage_title"]
+
+# stage -> its title and what it does, in one sentence for a newcomer
+STAGES: dict[str, tuple[str, str]] = {
+    "pretrain": (
+        "Pre-training",
+        "A small language model learns words and facts from plain text. It is no assistant yet.",
+    ),
+    "sft": ("Supervised fine-tuning", "The model learns to answer by imitating demonstrations."),
+    "reward": ("Reward model", "A second model learns to score answers from comparisons that annotators made."),
+    "ppo": (
+        "PPO",
+        "The model writes answers, the reward model scores them, and the model moves towards what scores well, "
+        "paying for every step away from where it started.",
+    ),
+    "evaluate": ("Evaluation", "The models answer held-out prompts, and a blind judge compares their answers."),
+}
+_MOST_EXCHANGES = 12
+
+
+def stage_report(run_folder: Path) -> Path:
+    """Write `report.html` into the run folder and return its path. Raises DataError, UnknownMetric."""
+    run = read_run(run_folder)
+    title = stage_title(run)
+    state = f"took {duration(run.seconds)}" if run.seconds is not None else ""
+    if not run.finished:
+        state = "not finished: there is no summary yet"
+    header = element(
+        "header",
+        element("p", "Accord stage report", class_="eyebrow"),
+        element("h1", title),
+        element("p", " \u00b7 ".join(filter(None, (run_folder.resolve().name, state))), class_="sub"),
+        element("p", STAGES[run.stage][1]) if run.stage in STAGES else None,
+        *warnings(run.warnings),
+    )
+    parts = [
+        ("Headline numbers", [key_figures(run.headline)] if run.headline else []),
+        ("What happened", [account(run.account)] if run.account else []),
+        ("Comparisons", [comparison_figure(run.comparisons)]),
+        ("Curves", _curves(run)),
+        ("Samples", exchanges((*run.side_by_side, *_over_time(run.samples))[:_MOST_EXCHANGES])),
+        ("Configuration and versions", _provenance(run)),
+    ]
+    shown = [(name, [child for child in children if child is not None]) for name, children in parts]
+    sections = [(name, section(name, *children)) for name, children in shown if children]
+    path = run_folder / "report.html"
+    path.write_text(page(f"{title} \u00b7 Accord", header, sections), encoding="utf-8")
+    return path
+
+
+def stage_title(run: Run) -> str:
+    return STAGES[run.stage][0] if run.stage in STAGES else run.stage
+
+
+def _curves(run: Run) -> list[Html | None]:
+    special = [
+        over_optimisation_figure(run),
+        calibration_figure(run),
+        score_figure(run),
+        *map(curve_figure, run.curves),
+    ]
+    shown = [item for item in special if item is not None]
+    grid = element("div", *shown, class_="grid stacked") if shown else None
+    return [grid, metric_figures(run), other_metric_figures(run)]
+
+
+def _over_time(samples: tuple[Sample, ...]) -> list[Exchange]:
+    """The logged prompts, latest first, each with its first and its last completion."""
+    by_prompt: dict[str, list[Sample]] = {}
+    for sample in sorted(samples, key=lambda sample: -sample.step):
+        by_prompt.setdefault(sample.prompt, []).append(sample)
+    return [
+        Exchange(prompt, tuple(_answer(sample) for sample in ([group[-1]] if len(group) > 1 else []) + [group[0]]))
+        for prompt, group in by_prompt.items()
+    ]
+
+
+def _answer(sample: Sample) -> Answer:
+    score = () if sample.score is None else (f"score {sample.score:.2f}",)
+    return Answer(
+        f"step {sample.step}", sample.completion, (*score, *(f"{key} {value}" for key, value in sample.notes))
+    )
+
+
+def _provenance(run: Run) -> list[Html | None]:
+    notes = warnings(run.notes)
+    config = element("details", element("summary", "Configuration"), element("pre", run.config), class_="more")
+    facts = element("details", element("summary", "Run and versions"), key_value_table(run.facts), class_="more")
+    return [config if run.config else None, facts if run.facts else None, *notes]
