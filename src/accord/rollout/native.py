@@ -57,7 +57,7 @@ class NativeSampler:
     Args:
         model: the policy; it is put into evaluation mode while sampling and back afterwards.
         pad_id: fills the left of shorter prompts; masked, so any valid token id will do.
-        max_batch_sequences: sequences decoded at once; memory grows with it, results do not depend on it.
+        max_batch_sequences: sequences decoded at once; memory grows with it. It changes results by rounding only.
         progress: called as progress(sequences finished, sequences in all) after every batch.
     """
 
@@ -127,7 +127,8 @@ class NativeSampler:
         """
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].ids))
         rows = [_Row(index, first_index[index] + sample) for index in order for sample in range(n)]
-        size = max(self._max_batch_sequences // n * n, min(n, self._max_batch_sequences))
+        limit = self._max_batch_sequences
+        size = limit - limit % n if n <= limit else limit
         for start in range(0, len(rows), size):
             yield rows[start : start + size]
 
