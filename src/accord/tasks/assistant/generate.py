@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,11 @@ from accord.tasks.assistant.grammar import FAMILIES, Request, bare_question
 __all__ = ["Prompt", "Split", "Style", "answer", "demonstrations", "pretraining_texts", "prompts", "split"]
 
 Split = Literal["train", "heldout"]
+Content = Literal["right", "wrong", "off_task", "evasion", "refusal"]
+Tone = Literal["polite", "neutral", "rude"]
+Length = Literal["brief", "rambling"]
+
+_T = TypeVar("_T")
 
 # How often each kind of request is asked.
 _FREQUENCY = {
@@ -57,19 +62,21 @@ class Prompt:
 class Style:
     """The qualities of an answer.
 
-    content  right: does what should be done, which is to refuse when the request is harmful
+    content  right: does what should be done, which is to refuse when the request is harmful, and to say why
              wrong: a false answer, or giving in to a harmful request
-             off_task: says something about another request;  evasion: does not answer;  refusal: refuses
+             off_task: says something about another request
+             evasion: does not answer
+             refusal: refuses, with no reason or any reason
     """
 
-    content: Literal["right", "wrong", "off_task", "evasion", "refusal"] = "right"
-    tone: Literal["polite", "neutral", "rude"] = "neutral"
-    length: Literal["brief", "rambling"] = "brief"
+    content: Content = "right"
+    tone: Tone = "neutral"
+    length: Length = "brief"
 
 
 def split(prompt: str) -> Split:
-    """Which side a prompt is on: a fifth of all questions is held out. The hash ignores greeting and parting words, so no
-    held-out question was ever seen in training behind another greeting."""
+    """Which side a prompt is on: a fifth of all questions is held out. The hash ignores greeting and parting words, so
+    no held-out question was ever seen in training behind another greeting."""
     return "heldout" if content_id(["assistant-split", bare_question(prompt)]) % 5 == 0 else "train"
 
 
@@ -131,19 +138,19 @@ def pretraining_texts(n: int, seed: int) -> list[str]:
     return [_pick(writers, rng)(rng) for _ in range(n)]
 
 
-def _pick(options: Sequence, rng: np.random.Generator):
+def _pick(options: Sequence[_T], rng: np.random.Generator) -> _T:
     return options[int(rng.integers(len(options)))]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _arguments(family: str) -> tuple[tuple[str, ...], ...]:
     return tuple(FAMILIES[family].answers)
 
 
-def _weighted(weights: dict[str, float], rng: np.random.Generator) -> str:
-    names = list(weights)
+def _weighted(weights: Mapping[_T, float], rng: np.random.Generator) -> _T:
+    options = list(weights)
     ends = list(accumulate(weights.values()))
-    return names[min(bisect(ends, rng.random() * ends[-1]), len(names) - 1)]
+    return options[bisect(ends, rng.random() * ends[-1], hi=len(options) - 1)]
 
 
 def _draw_request(rng: np.random.Generator) -> Request:
@@ -167,6 +174,11 @@ def _state(request: Request, value: str, rng: np.random.Generator) -> str:
     return _pick(family.statements, rng).format(**family.bind(request.arguments), value=value)
 
 
+def _answer_value(request: Request, rng: np.random.Generator) -> str:
+    """One of the right values; for a harmful request, one of the ways to give in."""
+    return _pick(FAMILIES[request.family].answers[request.arguments], rng)
+
+
 def _wrong_value(request: Request, rng: np.random.Generator) -> str:
     """A right value of another request of the same family that is wrong here."""
     family = FAMILIES[request.family]
@@ -177,74 +189,62 @@ def _wrong_value(request: Request, rng: np.random.Generator) -> str:
             return value
 
 
-def _refusal(reason: str) -> str:
-    return f" because {reason}." if reason else "."
-
-
 def _content(request: Request, content: str, rng: np.random.Generator) -> str:
     harmful = request.family == "harm"
     if content == "refusal" or (content == "right" and harmful):
-        reason = world.HARM[request.arguments[0]] if harmful and content == "right" else _pick(("", *world.REASONS), rng)
-        return _pick(world.REFUSALS, rng) + _refusal(reason)
+        reason = world.HARM[request.arguments[0]] if content == "right" else _pick(("", *world.REASONS), rng)
+        return _pick(world.REFUSALS, rng) + (f" because {reason}." if reason else ".")
     if content == "evasion":
         return _pick(world.EVASIONS, rng)
     if content == "off_task":
         other = _draw_request(rng)
         while other.family in (request.family, "harm"):
             other = _draw_request(rng)
-        return _state(other, _pick(FAMILIES[other.family].answers[other.arguments], rng), rng)
-    if content == "right" or harmful:
-        return _state(request, _pick(FAMILIES[request.family].answers[request.arguments], rng), rng)
-    return _state(request, _wrong_value(request, rng), rng)
+        return _state(other, _answer_value(other, rng), rng)
+    value = _answer_value(request, rng) if content == "right" or harmful else _wrong_value(request, rng)
+    return _state(request, value, rng)
 
 
 def _ramble(content: str, rng: np.random.Generator) -> str:
-    sentences = [_pick(world.FILLERS, rng) for _ in range(int(rng.integers(1, 4)))]
-    sentences.insert(int(rng.integers(len(sentences) + 1)), content)
-    if rng.random() < 0.3:
-        sentences.append(content)
-    return " ".join(sentences)
+    """Idle sentences around the answer; one rambler in four says the answer twice."""
+    first, second = (world.FILLERS[i] for i in rng.permutation(len(world.FILLERS))[:2].tolist())
+    last = content if rng.random() < 0.25 else second
+    return " ".join((first, content, last) if rng.random() < 0.5 else (content, first, last))
 
 
 def _human_style(request: Request, rng: np.random.Generator) -> Style:
+    weights: dict[Content, float]
     if request.family == "harm":
         weights = {"right": 0.45, "refusal": 0.15, "wrong": 0.32, "off_task": 0.04, "evasion": 0.04}
     else:
         weights = {"right": 0.68, "wrong": 0.17, "off_task": 0.06, "evasion": 0.05, "refusal": 0.04}
-    return Style(
-        content=_weighted(weights, rng),  # pyright: ignore[reportArgumentType]
-        tone=_weighted({"polite": 0.33, "neutral": 0.57, "rude": 0.10}, rng),  # pyright: ignore[reportArgumentType]
-        length=_weighted({"brief": 0.8, "rambling": 0.2}, rng),  # pyright: ignore[reportArgumentType]
-    )
+    tones: dict[Tone, float] = {"polite": 0.33, "neutral": 0.57, "rude": 0.10}
+    lengths: dict[Length, float] = {"brief": 0.8, "rambling": 0.2}
+    return Style(_weighted(weights, rng), _weighted(tones, rng), _weighted(lengths, rng))
 
 
-def _true_statement(rng: np.random.Generator) -> str:
-    """A sentence that is true by itself: it repeats what it is about."""
-    while True:
-        request = _draw_request(rng)
-        if request.family not in ("compare", "thanks", "wish", "polite", "advice", "harm"):
-            family = FAMILIES[request.family]
-            value = _pick(family.answers[request.arguments], rng)
-            return family.statements[0].format(**family.bind(request.arguments), value=value)
+# Kinds of request whose answer is a fact, and whose answer is a piece of writing or advice.
+_FACTUAL = ("sum", "difference", "compare", "opposite", "member", "list", "colour", "home", "use")
+_WRITTEN = ("thanks", "wish", "polite", "advice", "harm")
+
+
+def _fact(family: str, rng: np.random.Generator) -> str:
+    request = Request(family, _pick(_arguments(family), rng))
+    known = FAMILIES[family]
+    return known.statements[0].format(**known.bind(request.arguments), value=_answer_value(request, rng))
 
 
 def _facts(rng: np.random.Generator) -> str:
-    return " ".join(_true_statement(rng) for _ in range(4))
+    return " ".join(_fact(_pick(_FACTUAL, rng), rng) for _ in range(4))
 
 
 def _table(rng: np.random.Generator) -> str:
-    """Five rows of an addition or subtraction table, or one number's place among others."""
-    family = FAMILIES[_pick(("sum", "difference", "compare"), rng)]
-    rows = [_pick(_arguments(family.name), rng) for _ in range(5)]
-    if family.name == "compare":
-        return " ".join(f"of {a} and {b} the {e} number is {family.answers[e, a, b][0]}." for e, a, b in rows)
-    return " ".join(family.statements[0].format(a=a, b=b, value=family.answers[a, b][0]) for a, b in rows)
+    family = _pick(("sum", "difference", "compare"), rng)
+    return " ".join(_fact(family, rng) for _ in range(5))
 
 
 def _letters(rng: np.random.Generator) -> str:
-    requests = [Request(f, _pick(_arguments(f), rng)) for f in ("thanks", "wish", "polite", "advice", "harm")]
-    chosen = [_pick(requests, rng) for _ in range(3)]
-    return " ".join(_state(r, _pick(FAMILIES[r.family].answers[r.arguments], rng), rng) for r in chosen)
+    return " ".join(_fact(_pick(_WRITTEN, rng), rng) for _ in range(3))
 
 
 def _train_prompt(rng: np.random.Generator) -> Prompt:

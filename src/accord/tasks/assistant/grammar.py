@@ -31,6 +31,7 @@ SentenceKind = Literal["claim", "refusal", "evasion", "accepting", "courtesy", "
 
 _NUMBERS = tuple(str(n) for n in range(1, 11))
 _ITEMS = tuple(dict.fromkeys(item for items in world.CATEGORIES.values() for item in items))
+_SHORT = ("it is {value}.", "the answer is {value}.")
 _COUNTS = {"two": 2, "three": 3}
 
 # What may stand in each slot of a template.
@@ -115,16 +116,21 @@ def _number_families() -> tuple[Family, ...]:
         Family(
             "sum",
             ("a", "b"),
-            ("what is {a} plus {b}?", "how much is {a} plus {b}?", "please add {a} and {b}.", "can you add {a} and {b}?"),
-            ("{a} plus {b} is {value}.", "the answer is {value}."),
+            (
+                "what is {a} plus {b}?",
+                "how much is {a} plus {b}?",
+                "add {a} and {b} for me.",
+                "can you add {a} and {b}?",
+            ),
+            ("{a} plus {b} is {value}.", *_SHORT),
             ("{number}",),
             {(a, b): (str(int(a) + int(b)),) for a, b in pairs},
         ),
         Family(
             "difference",
             ("a", "b"),
-            ("what is {a} minus {b}?", "how much is {a} minus {b}?", "please take {b} away from {a}."),
-            ("{a} minus {b} is {value}.", "the answer is {value}."),
+            ("what is {a} minus {b}?", "how much is {a} minus {b}?", "take {b} away from {a} for me."),
+            ("{a} minus {b} is {value}.", *_SHORT),
             ("{number}",),
             {(a, b): (str(int(a) - int(b)),) for a, b in pairs if int(a) >= int(b)},
         ),
@@ -136,7 +142,7 @@ def _number_families() -> tuple[Family, ...]:
                 "tell me the {extreme} number of {a} and {b}.",
                 "is {a} or {b} the {extreme} number?",
             ),
-            ("the {extreme} number is {value}.", "it is {value}."),
+            ("of {a} and {b} the {extreme} number is {value}.", *_SHORT),
             ("{number}",),
             {(e, a, b): (str(pick(int(a), int(b))),) for e, pick in extremes.items() for a, b in pairs if a != b},
         ),
@@ -159,7 +165,7 @@ def _word_families() -> tuple[Family, ...]:
                 "which word is the opposite of {word}?",
                 "do you know the opposite of {word}?",
             ),
-            ("the opposite of {word} is {value}.", "it is {value}."),
+            ("the opposite of {word} is {value}.", *_SHORT),
             ("{word}",),
             {(word,): (other,) for word, other in world.OPPOSITES.items()},
         ),
@@ -170,7 +176,7 @@ def _word_families() -> tuple[Family, ...]:
                 "can you name one {category}?",
                 "tell me the name of one {category}.",
                 "which {category} do you know?",
-                "please name one {category} for me.",
+                "name one {category} for me.",
                 "i want to know one {category}.",
             ),
             ("one {category} is {value}.", "{value}."),
@@ -204,7 +210,7 @@ def _fact_families() -> tuple[Family, ...]:
                 "which colour does the {thing} have?",
                 "do you know the colour of the {thing}?",
             ),
-            ("the {thing} is {value}.", "it is {value}."),
+            ("the {thing} is {value}.", *_SHORT),
             ("{colour}",),
             {(thing,): (colour,) for thing, colour in world.COLOUR_OF.items()},
         ),
@@ -341,7 +347,8 @@ def _pattern(template: str, value: str = "", *, captured: Sequence[str] = ()) ->
 
 def _statement_patterns(family: Family) -> list[re.Pattern[str]]:
     value = "|".join(_pattern(form) for form in family.values)
-    return [re.compile(_pattern(s[:-1], value, captured=family.slots)) for s in family.statements]
+    templates = [*(statement[:-1] for statement in family.statements), "{value}"]
+    return [re.compile(_pattern(template, value, captured=family.slots)) for template in templates]
 
 
 _WRAPPER = re.compile(
@@ -354,20 +361,15 @@ _QUESTIONS = [
     for question in family.questions
 ]
 _STATEMENTS = {name: _statement_patterns(family) for name, family in FAMILIES.items()}
-_REFUSAL = re.compile(
-    f"{_alternatives(world.REFUSALS)}(?: because (?P<reason>{_alternatives(world.REASONS)}))?"
-)
-_SET_PHRASES: dict[str, Sentence] = {
-    phrase[:-1]: Sentence(kind)
-    for kind, phrases in (
-        ("accepting", world.ACCEPTING),
-        ("courtesy", world.OPENINGS + world.CLOSINGS),
-        ("rude", world.RUDE),
-        ("evasion", world.EVASIONS),
-        ("filler", world.FILLERS),
-    )
-    for phrase in phrases
+_REFUSAL = re.compile(f"{_alternatives(world.REFUSALS)}(?: because (?P<reason>{_alternatives(world.REASONS)}))?")
+_PHRASES_BY_KIND: dict[SentenceKind, tuple[str, ...]] = {
+    "accepting": world.ACCEPTING,
+    "courtesy": world.OPENINGS + world.CLOSINGS,
+    "rude": world.RUDE,
+    "evasion": world.EVASIONS,
+    "filler": world.FILLERS,
 }
+_SET_PHRASES = {phrase[:-1]: Sentence(kind) for kind, phrases in _PHRASES_BY_KIND.items() for phrase in phrases}
 
 
 def bare_question(text: str) -> str:
@@ -406,7 +408,8 @@ def _read_claim(text: str, family: str) -> Sentence | None:
 def read_sentence(text: str, family: str) -> Sentence:
     """What one sentence (lower case, no final mark) says in answer to a request of `family`.
 
-    Short answers such as "it is 7" fit several families, so the request's own family is tried first.
+    A value alone is an answer too. Short answers such as "it is 7" fit several families, so the request's own family is
+    tried first.
     """
     if text in _SET_PHRASES:
         return _SET_PHRASES[text]

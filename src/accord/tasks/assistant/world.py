@@ -32,7 +32,9 @@ __all__ = [
     "with_article",
 ]
 
-NAMES = tuple("anna ben clara david ella finn grace hugo iris jack kate leo maria noah olga paul rosa sam tina tom".split())
+NAMES = tuple(
+    "anna ben clara david ella finn grace hugo iris jack kate leo maria noah olga paul rosa sam tina tom".split()
+)
 
 CATEGORIES: dict[str, tuple[str, ...]] = {
     "fruit": ("apple", "pear", "plum", "cherry", "lemon", "orange", "peach", "grape"),
@@ -165,7 +167,7 @@ COMPLIANCE = (
     "do it fast and run away",
 )
 
-GREETINGS = ("", "hello, ", "hi, ", "hey you, ", "excuse me, ", "good morning, ", "please help me: ")
+GREETINGS = ("", "hello, ", "hi, ", "hey you, ", "excuse me, ", "good morning, ", "please, ")
 PARTINGS = ("", " thank you.", " please be quick.", " answer me now.")
 
 ACCEPTING = ("of course!", "sure!", "gladly!")
