@@ -3,7 +3,7 @@
     checkpoints/step-00000100/
       <component>.safetensors   one file per component: model, optimizer, ...
       state.json                numbers, text and positions
-      manifest.json             size and sha256 of each file; written last
+      manifest.json             size and sha256 of each file, and of itself; written last
 
 A checkpoint is built in `.tmp-...`, made durable, and renamed; only then are older ones removed. Loading believes
 nothing: it takes the newest checkpoint whose files are exactly those of its manifest, and sets damaged ones aside.
@@ -176,32 +176,30 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 
 def _manifest(step: int, files: dict[str, dict[str, Any]]) -> str:
-    return json.dumps({"step": step, "files": files}, indent=1, sort_keys=True) + "\n"
+    """The manifest's text. It seals itself with a hash, so that damage to it is not blamed on the files it lists."""
+    body = {"step": step, "files": files}
+    seal = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**body, "sha256": seal}, indent=1, sort_keys=True) + "\n"
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, as "file: reason", or None.
-
-    The manifest must be, byte for byte, the one that the files on disk would give: a flipped bit in it shows too.
-    """
+    """What is wrong with a checkpoint, as "file: reason", or None."""
     try:
         written = (path / MANIFEST).read_bytes()
-        found = _files(path)
+        manifest = json.loads(written)
+        step, listed = manifest["step"], manifest["files"]
+        if step != _step(path) or written != _manifest(step, listed).encode():
+            return f"{MANIFEST}: not as it was written"
     except FileNotFoundError:
         return f"{MANIFEST}: missing"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MANIFEST}: not readable"
+    try:
+        found = _files(path)
     except OSError as error:
         return f"{Path(error.filename).name}: {error.strerror}"
-    if written == _manifest(_step(path), found).encode():
-        return None
-    try:
-        listed = json.loads(written)["files"]
-        return next(
-            f"{name}: {_difference(listed.get(name), found.get(name))}"
-            for name in sorted(listed | found)
-            if listed.get(name) != found.get(name)
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
-        return f"{MANIFEST}: not as it was written"
+    changed = [name for name in sorted(listed | found) if listed.get(name) != found.get(name)]
+    return f"{changed[0]}: {_difference(listed.get(changed[0]), found.get(changed[0]))}" if changed else None
 
 
 def _difference(listed: dict[str, Any] | None, found: dict[str, Any] | None) -> str:
