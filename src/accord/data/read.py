@@ -1,0 +1,276 @@
+"""Files into Groups: the format is detected and named, every row that cannot be used is a `Problem` with its line.
+
+`scan` streams in bounded memory (for checking, converting, counting); `read_groups` keeps the groups (for training).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from itertools import chain, islice
+from pathlib import Path
+
+from accord.data.containers import Container, RawRow, open_container, parts_of
+from accord.data.fields import Row
+from accord.data.formats import FORMATS, MAPPABLE, Format, detect_format, format_named
+from accord.data.problems import Problem, UnusableRow, describe
+from accord.errors import DataError
+from accord.records import Group
+
+__all__ = ["MAX_PROBLEMS", "ReadResult", "Scan", "read_groups", "scan"]
+
+MAX_PROBLEMS = 100  # how many problems are kept; all are counted
+SHOWN_PROBLEMS = 10
+SHOWN_COLUMNS = 8
+DETECT_ROWS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class ReadResult:
+    """What a file held.
+
+    rows           rows in the file; a row can give several groups (trees, several raters) or, as a problem, none
+    problems       the first MAX_PROBLEMS rows that cannot be used; `problem_count` counts all
+    notes          what was read but not used (columns, reasoning blocks, ...), in words
+    fingerprint    sha256 of the file's bytes (of its parts' fingerprints, for a folder)
+    """
+
+    groups: tuple[Group, ...]
+    format: str
+    rows: int
+    problems: tuple[Problem, ...]
+    problem_count: int
+    notes: tuple[str, ...]
+    fingerprint: str
+
+
+def read_groups(
+    path: str | Path, *, format: str | None = None, fields: Mapping[str, str] | None = None, lenient: bool = False
+) -> ReadResult:
+    """All groups of a file or a folder of parts.
+
+    Args:
+        format: a format's name, instead of detecting it.
+        fields: target field -> dotted path in the row, for columns with names of their own (`--map field=path`).
+        lenient: keep the good rows and count the bad ones, instead of refusing the file.
+    Raises: DataError when the file cannot be read, when no row is usable, or (unless lenient) when any row is not.
+    """
+    scanned = scan(path, format=format, fields=fields)
+    groups = tuple(scanned)
+    if scanned.problem_count and (not lenient or not groups):
+        raise DataError(scanned.refusal())
+    fingerprint = _fingerprint(scanned.parts)
+    return ReadResult(
+        groups,
+        scanned.format,
+        scanned.rows,
+        tuple(scanned.problems),
+        scanned.problem_count,
+        scanned.notes(),
+        fingerprint,
+    )
+
+
+def scan(path: str | Path, *, format: str | None = None, fields: Mapping[str, str] | None = None) -> Scan:
+    """Open a file or folder for streaming and detect its format; iterate the result for its groups.
+
+    Raises: DataError when the file cannot be read or its format is unknown.
+    """
+    parts, notes = parts_of(Path(path))
+    containers = [open_container(part) for part in parts]
+    mapping = _checked_mapping(fields or {})
+    formats = {part.path: format_named(format) if format else _detect(part, mapping) for part in containers}
+    first = containers[0]
+    for part in containers:
+        if formats[part.path] is not formats[first.path]:
+            raise DataError(
+                f"{part.path}: the format is {formats[part.path].name}, but {first.path} in the same folder is "
+                f"{formats[first.path].name}. Read them separately, or force one with --format."
+            )
+    return Scan(Path(path), tuple(containers), formats[first.path], mapping, notes, forced=format is not None)
+
+
+class Scan:
+    """One pass over a file. The counts are complete when the iteration is."""
+
+    def __init__(
+        self,
+        path: Path,
+        containers: tuple[Container, ...],
+        format: Format,
+        mapping: Mapping[str, str],
+        notes: tuple[str, ...],
+        *,
+        forced: bool,
+    ) -> None:
+        self.path, self._containers, self._format, self._mapping = path, containers, format, mapping
+        self._notes, self._forced = notes, forced
+        self.rows, self.usable, self.problem_count = 0, 0, 0
+        self.problems: list[Problem] = []
+        self._left_out: Counter[str] = Counter()
+
+    @property
+    def format(self) -> str:
+        return self._format.name
+
+    @property
+    def container(self) -> str:
+        return self._containers[0].kind
+
+    @property
+    def description(self) -> str:
+        return self._format.description
+
+    @property
+    def parts(self) -> tuple[Path, ...]:
+        return tuple(container.path for container in self._containers)
+
+    def __iter__(self) -> Iterator[Group]:
+        line = 0
+        for raw in chain.from_iterable(container.rows() for container in self._containers):
+            self.rows += 1
+            # When many rows share a line (an array written without line breaks) the line alone does not find the row.
+            where, line = f"row {self.rows}, " if raw.origin.line == line else "", raw.origin.line
+            try:
+                groups = self._read(raw)
+            except UnusableRow as error:
+                self._add(replace(error.at(raw.origin), field=where + error.field))
+                continue
+            self.usable += 1
+            yield from (replace(group, origin=raw.origin) for group in groups)
+        if self.rows == 0:
+            raise DataError(f"{self.path}: the file holds no rows.")
+
+    def _add(self, problem: Problem) -> None:
+        self.problem_count += 1
+        if len(self.problems) < MAX_PROBLEMS:
+            self.problems.append(problem)
+
+    def _read(self, raw: RawRow) -> tuple[Group, ...]:
+        if raw.problem is not None:
+            raise raw.problem
+        left_out: Counter[str] = Counter()
+        row = _row(raw.value, self._mapping, left_out)
+        groups = self._format.read(row)
+        own = None if self._forced else detect_format(row)
+        if own is not None and own is not self._format:
+            found = f"a row of the format {own.name}"
+            fix = f"Put it in a file of its own, or force --format {self._format.name}."
+            raise UnusableRow("row", found, f"{self._format.name}, as in the rest of the file", fix)
+        self._left_out.update(left_out)
+        self._left_out.update(f"column {name}" for name in row.unused())
+        return groups
+
+    def notes(self) -> tuple[str, ...]:
+        """What the file held that is not used, and oddities of the file itself."""
+        columns = [name.removeprefix("column ") for name in self._left_out if name.startswith("column ")]
+        counted = [
+            f"{name.strip('()')}: {count} rows" if name.startswith("(") else f"{count} {name} not used"
+            for name, count in self._left_out.items()
+            if count and not name.startswith("column ")
+        ]
+        files = [f"{part.path.name}: {note}" for part in self._containers for note in part.notes]
+        more = f" and {len(columns) - SHOWN_COLUMNS} more" if len(columns) > SHOWN_COLUMNS else ""
+        unused = [f"columns not used: {', '.join(columns[:SHOWN_COLUMNS])}{more}"] if columns else []
+        return (*self._notes, *files, *counted, *unused)
+
+    def refusal(self) -> str:
+        """The sentence (and the first problems) for an error."""
+        shown = [f"  {problem}" for problem in self.problems[:SHOWN_PROBLEMS]]
+        more = self.problem_count - len(shown)
+        return "\n".join(
+            [
+                f"{self.path}: {self.problem_count} of {self.rows} rows cannot be used (read as {self.format}: "
+                f"{self.description}).",
+                *shown,
+                *([f"  ... and {more} more; `accord data check {self.path}` lists them."] if more else []),
+                "Repair them, or keep only the good rows with --lenient."
+                if self.usable
+                else "No row is usable. If the columns have other names, use --map field=path.",
+            ]
+        )
+
+
+# --- detection and mapping -------------------------------------------------------------------------------------------
+
+
+def _checked_mapping(fields: Mapping[str, str]) -> Mapping[str, str]:
+    for name in fields:
+        if name not in MAPPABLE:
+            near = get_close_matches(name, MAPPABLE, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise DataError(
+                f"--map {name}={fields[name]}: there is no field {name}.{hint} Fields: {', '.join(MAPPABLE)}."
+            )
+    return fields
+
+
+def _row(value: object, mapping: Mapping[str, str], left_out: Counter[str]) -> Row:
+    if isinstance(value, str):
+        value = {"line": value}  # an array of strings is a list of prompts
+    if mapping and isinstance(value, Mapping):
+        found = {name: _follow(value, path) for name, path in mapping.items()}
+        moved = {path.split(".", 1)[0] for path in mapping.values()}
+        value = {key: item for key, item in value.items() if key not in moved} | found
+    return Row(value, left_out)
+
+
+def _follow(value: object, path: str) -> object:
+    """The value at a dotted path: names in objects, numbers in lists. A column whose name holds dots is found whole."""
+    if isinstance(value, Mapping) and path in value:
+        return value[path]
+    head, _, rest = path.partition(".")
+    if isinstance(value, Mapping):
+        inner = value.get(head)
+    elif isinstance(value, list) and head.isdecimal() and int(head) < len(value):
+        inner = value[int(head)]
+    else:
+        return None
+    return _follow(inner, rest) if rest else inner
+
+
+def _detect(container: Container, mapping: Mapping[str, str]) -> Format:
+    """The format most of the first rows have."""
+    votes: Counter[str] = Counter()
+    sample: list[object] = []
+    for raw in islice(container.rows(), DETECT_ROWS):
+        if raw.problem is not None:
+            continue
+        sample.append(raw.value)
+        if isinstance(raw.value, Mapping | str):
+            found = detect_format(_row(raw.value, mapping, Counter()))
+            votes[found.name if found else ""] += 1
+    for name, path in mapping.items():
+        if sample and all(_follow(value, path) is None for value in sample):
+            raise DataError(f"{container.path}: --map {name}={path}: no row has anything there. {_columns(sample)}")
+    known = {name: count for name, count in votes.items() if name}
+    if known:
+        return format_named(max(known, key=lambda name: known[name]))
+    raise DataError(_unknown(container, sample))
+
+
+def _columns(sample: list[object]) -> str:
+    names = list(dict.fromkeys(str(key) for value in sample if isinstance(value, Mapping) for key in value))
+    return f"The columns are: {', '.join(names[:20])}." if names else ""
+
+
+def _unknown(container: Container, sample: list[object]) -> str:
+    if not sample:
+        return f"{container.path}: none of the first {DETECT_ROWS} rows of this {container.kind} file can be parsed."
+    if not _columns(sample):
+        return f"{container.path}: the rows are no objects with named fields but {describe(sample[0])}."
+    return (
+        f"{container.path}: no known format. {_columns(sample)} Expected one of: {', '.join(f.name for f in FORMATS)} "
+        "(see docs/data-formats.md). If they mean the same, name them: --map prompt=COLUMN --map completion=COLUMN."
+    )
+
+
+def _fingerprint(parts: tuple[Path, ...]) -> str:
+    digests = []
+    for part in parts:
+        with part.open("rb") as stream:
+            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
