@@ -72,8 +72,7 @@ class Template:
         self.name = name
         self._source = source
         self._special_tokens: dict[str, Any] = tokenizer.special_tokens_map
-        self._newline = self._encode_text("\n")
-        self._has_prefix = self._encode_text("\na") != self._newline + self._encode_text("a")
+        self._anchors = self._anchors_needed()
         self._lead, tail = self._probe()
         self._tail_space = tail[len(tail.rstrip()) :]
         self._stops = self._stop_tokens(tail)
@@ -170,7 +169,7 @@ class Template:
         """The text of one sampled answer: up to its first stop token, without special tokens and the template's own
         lead-in (such as the space between "Assistant:" and the answer)."""
         end = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
-        front = self._newline if self._has_prefix else []
+        front = self._anchors[0][1] if self._anchors else []
         text = self._decode_ids([*front, *ids[:end]])[len(self._decode_ids(front)) :]
         return text.removeprefix(self._lead)
 
@@ -218,6 +217,8 @@ class Template:
         The parts are tokenised apart, so no control token can come of them, whatever the tokenizer does with added
         tokens; the rest of the content is untouched and stays visible to the template.
         """
+        for message in messages:
+            _require_characters(message)
         patterns = [
             self._assistant_controls if message.role == "assistant" else self._other_controls for message in messages
         ]
@@ -265,7 +266,7 @@ class Template:
         return answers
 
     def _answer_end(self, text: str, start: int) -> int:
-        """Just after the first stop token behind `start`; without one, after the text and before the space behind it."""
+        """Just after the first stop token behind `start`; without one, after the text, before the space behind it."""
         ends = [at + len(stop) for stop in self._stops if (at := text.find(stop, start)) >= 0]
         return min(ends, default=max(start, len(text.removesuffix(self._tail_space))))
 
@@ -277,19 +278,33 @@ class Template:
         return ids
 
     def _encode_inner(self, text: str) -> list[int]:
-        """Ids of a text that stands behind other text.
-
-        Tokenizers in the manner of SentencePiece put a space in front of whatever they are given. Behind a newline,
-        which is cut off again, they do not.
-        """
-        if text and self._has_prefix:
-            ids = self._encode_text("\n" + text)
-            if ids[: len(self._newline)] == self._newline:
-                return ids[len(self._newline) :]
+        """Ids of a text that stands behind other text: encoded behind an anchor, which is cut off again."""
+        for anchor, anchor_ids in self._anchors if text else ():
+            ids = self._encode_text(anchor + text)
+            if ids[: len(anchor_ids)] == anchor_ids:
+                return ids[len(anchor_ids) :]
         return self._encode_text(text)
+
+    def _anchors_needed(self) -> list[tuple[str, list[int]]]:
+        """Texts to stand in front of inner parts, and their ids, for tokenizers in the manner of SentencePiece: those
+        put a space before whatever they are given. There are two because an anchor may merge with what follows it."""
+        anchors = [(anchor, self._encode_text(anchor)) for anchor in ("\n", ".")]
+        newline, newline_ids = anchors[0]
+        adds_space = self._encode_text(newline + "a") != newline_ids + self._encode_text("a")
+        return anchors if adds_space else []
 
     def _encode_text(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+
+def _require_characters(message: Message) -> None:
+    try:
+        message.content.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the {message.role} turn has half of a character (the lone surrogate {message.content[error.start]!a}) at "
+            f"character {error.start}: no tokenizer can read it. Repair the text, or leave the row out."
+        ) from error
 
 
 def _token_id(tokenizer: PreTrainedTokenizerBase, token: object) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from accord.data.templates import Template
+from accord.data.tldr import fit_tldr_prompt
 from accord.errors import DataError
 from accord.records import Group, Message, Origin, TokenCompletion, TokenGroup
 
@@ -56,7 +57,8 @@ def tokenise_groups(
     """Token ids and loss masks of every group, in order.
 
     A prompt that is too long loses its oldest turns first (never a system message), then the start or the end of the
-    turn that is left, as text, so the template around it stays whole. All completions of a group share one prompt.
+    turn that is left, as text, so the template around it stays whole (a TL;DR prompt loses lines of its post, never the
+    "TL;DR:"). All completions of a group share one prompt.
 
     Where the template rewrites earlier turns, a dialogue with several answers becomes one group per answer, each
     behind its own rendering of what came before; a comparison of such dialogues has no common prompt and is dropped.
@@ -78,7 +80,7 @@ def tokenise_groups(
             for example in _examples(group, template):
                 try:
                     token_group, was_cut = _fit(example, template, limits)
-                    kept.append(_count_all(token_group) if loss_on == "all" else _require_loss(token_group))
+                    kept.append(_count_all(token_group) if loss_on == "all" else token_group)
                     truncated += was_cut
                 except _Unusable as error:
                     dropped.append(Dropped(index, group.origin, str(error)))
@@ -96,23 +98,30 @@ def _where(index: int, origin: Origin | None) -> str:
 
 
 def _examples(group: Group, template: Template) -> list[Group]:
-    """The group itself or, where its one dialogue is no single sequence of tokens, one group per answer."""
+    """The group itself or, where its one dialogue is no single sequence of tokens, one group per answer to learn."""
     if len(group.completions) != 1 or template.keeps_turns(group.prompt, group.completions[0].messages):
         return [group]
     (dialogue,) = group.completions
-    return [
+    answers = [
         replace(
             group,
             prompt=(*group.prompt, *dialogue.messages[:index]),
             completions=(replace(dialogue, messages=(message,)),),
         )
         for index, message in enumerate(dialogue.messages)
-        if message.role == "assistant" and message.learn
+        if _is_learnt(message)
     ]
+    return answers or [group]
+
+
+def _is_learnt(message: Message) -> bool:
+    return message.role == "assistant" and message.learn
 
 
 def _fit(group: Group, template: Template, limits: _Limits) -> tuple[TokenGroup, bool]:
     """The group's tokens, and whether its prompt had to be shortened; its completions are whole."""
+    if group.completions and not any(_is_learnt(message) for c in group.completions for message in c.messages):
+        raise _Unusable("nothing to learn: no turn of the assistant, or only turns with a loss weight of 0.")
     if not all(template.keeps_turns(group.prompt, completion.messages) for completion in group.completions):
         raise _Unusable(
             f"the {template.name} chat template rewrites earlier turns, so completions of several answers have no "
@@ -156,18 +165,27 @@ def _shortened(
         return None
     first, *rest = tails[-1]
 
-    def cut_to(length: int) -> tuple[Message, ...]:
-        text = first.content[-length:] if side == "start" else first.content[:length]
+    def with_text(text: str) -> tuple[Message, ...]:
         return (*system, replace(first, content=text), *rest)
 
-    fits, too_long = 0, len(first.content)
-    while too_long - fits > 1:
-        middle = (fits + too_long) // 2
-        if len(template.prompt_ids(cut_to(middle))) <= room:
-            fits = middle
+    def fits(text: str) -> bool:
+        return len(template.prompt_ids(with_text(text))) <= room
+
+    shorter_post = fit_tldr_prompt(first.content, fits)
+    if fits(shorter_post):
+        return with_text(shorter_post)
+
+    def part(length: int) -> str:
+        return first.content[-length:] if side == "start" else first.content[:length]
+
+    fitting, too_long = 0, len(first.content)
+    while too_long - fitting > 1:
+        middle = (fitting + too_long) // 2
+        if fits(part(middle)):
+            fitting = middle
         else:
             too_long = middle
-    return cut_to(fits) if fits else None
+    return with_text(part(fitting)) if fitting else None
 
 
 def _count_all(group: TokenGroup) -> TokenGroup:
@@ -177,9 +195,3 @@ def _count_all(group: TokenGroup) -> TokenGroup:
         for completion in group.completions
     )
     return replace(group, prompt_ids=group.prompt_ids[:1], completions=completions)
-
-
-def _require_loss(group: TokenGroup) -> TokenGroup:
-    if group.completions and not any(any(completion.mask) for completion in group.completions):
-        raise _Unusable("no assistant turn counts in the loss: all have a weight of 0.")
-    return group
