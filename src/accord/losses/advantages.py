@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from accord.losses.masked import full_precision, require_same_shape
+from accord.losses.masked import counted, full_precision, require_same_shape
 
 __all__ = ["Advantages", "gae", "token_rewards"]
 
@@ -39,11 +39,10 @@ def token_rewards(scores: Tensor, kl_penalty: Tensor, mask: Tensor) -> Tensor:
         itself, whose value is predicted before it. The objective is the same, the critic bootstraps one step less.
     Tested by: tests/golden/test_golden_advantages.py, tests/property/test_losses.py
     """
-    require_same_shape(kl_penalty=kl_penalty, mask=mask)
+    penalty = counted(kl_penalty, mask)
     require_same_shape(scores=scores, completions=mask[:, 0])
-    after = mask.flip(1).cumsum(1).flip(1)  # counted tokens from here on: 1 at the last one
-    rewards = full_precision(scores)[:, None] * (mask & (after == 1)) - full_precision(kl_penalty)
-    return torch.where(mask, rewards, rewards.new_zeros(()))
+    tokens_left = mask.flip(1).cumsum(1).flip(1)  # counted tokens from here on: 1 at the last one
+    return counted(full_precision(scores)[:, None].expand_as(penalty), mask & (tokens_left == 1)) - penalty
 
 
 @torch.no_grad()
@@ -68,8 +67,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, gae_lamb
     Source: Schulman et al. 2016, arXiv:1506.02438, eq. 16. Departures: none.
     Tested by: tests/golden/test_golden_advantages.py, tests/property/test_losses.py
     """
-    require_same_shape(rewards=rewards, values=values, mask=mask)
-    rewards, values = full_precision(rewards), full_precision(values)
+    rewards, values = counted(rewards, mask), counted(values, mask)
     advantages = torch.zeros_like(values)
     next_advantage = next_value = values.new_zeros(values.shape[0])
     for t in reversed(range(values.shape[1])):
@@ -77,8 +75,5 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, gae_lamb
         next_advantage = torch.where(mask[:, t], delta + gamma * gae_lambda * next_advantage, next_advantage)
         next_value = torch.where(mask[:, t], values[:, t], next_value)
         advantages[:, t] = next_advantage
-    zero = values.new_zeros(())
-    return Advantages(
-        advantages=torch.where(mask, advantages, zero),
-        returns=torch.where(mask, advantages + values, zero),
-    )
+    advantages = counted(advantages, mask)
+    return Advantages(advantages=advantages, returns=advantages + values)

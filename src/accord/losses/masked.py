@@ -1,7 +1,7 @@
 """Sums and means over the entries that count, and the checks every loss shares.
 
 Shapes: C completions, T tokens. Masks are boolean and True = counts. What stands at a masked entry must not matter,
-whatever it is: entries are selected, never multiplied by 0, because 0 * inf is NaN.
+whatever it is: entries are selected, never multiplied by 0.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["Count", "full_precision", "masked_mean", "masked_sum", "require_same_shape", "whiten"]
+__all__ = ["Count", "counted", "full_precision", "masked_mean", "masked_sum", "require_same_shape", "whiten"]
 
 Count = int | float | Tensor
 """A normaliser: how many entries the WHOLE optimizer step averages over."""
@@ -29,14 +29,24 @@ def require_same_shape(**tensors: Tensor) -> None:
         )
 
 
+def counted(x: Tensor, mask: Tensor) -> Tensor:
+    """`x` where `mask` is True and 0 elsewhere, in float32 at least.
+
+    A loss selects its inputs with this before it computes: selecting the result alone is not enough for the gradient,
+    because the derivative at a masked entry may be NaN, and NaN * 0 is NaN.
+    Raises: ValueError on shapes that differ.
+    """
+    require_same_shape(x=x, mask=mask)
+    x = full_precision(x)
+    return torch.where(mask, x, x.new_zeros(()))
+
+
 def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
     """Sum of `x` where `mask` is True, (), in float32 at least. No True at all gives 0.
 
     Raises: ValueError on shapes that differ.
     """
-    require_same_shape(x=x, mask=mask)
-    x = full_precision(x)
-    return torch.where(mask, x, x.new_zeros(())).sum()
+    return counted(x, mask).sum()
 
 
 def masked_mean(x: Tensor, mask: Tensor, count: Count | None = None) -> Tensor:
@@ -66,8 +76,8 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
         shift_mean: subtract the mean (advantages) or keep it (rewards, whose sign means something).
     Source: Ziegler et al. 2019, arXiv:1909.08593 (code); Huang et al. 2024, arXiv:2403.17031.
     """
-    x = full_precision(x.detach())
+    x = counted(x.detach(), mask)
     mean = masked_mean(x, mask)
     centred = x - mean
     white = centred * torch.rsqrt(masked_mean(centred.square(), mask) + 1e-8)
-    return torch.where(mask, white if shift_mean else white + mean, x.new_zeros(()))
+    return counted(white if shift_mean else white + mean, mask)

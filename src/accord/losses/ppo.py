@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from accord.losses.kl import kl_k2, kl_k3
-from accord.losses.masked import Count, full_precision, masked_mean, masked_sum, require_same_shape
+from accord.losses.masked import Count, counted, masked_mean, masked_sum
 
 __all__ = ["EntropyLoss", "PolicyLoss", "ValueLoss", "entropy_loss", "ppo_policy_loss", "ppo_value_loss"]
 
@@ -84,23 +84,18 @@ def ppo_policy_loss(
     Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7. Departures: a masked mean over tokens.
     Tested by: tests/golden/test_golden_ppo.py, tests/property/test_losses.py
     """
-    require_same_shape(
-        policy_logprobs=policy_logprobs, old_logprobs=old_logprobs, advantages=advantages, loss_mask=loss_mask
-    )
-    # Masked log-ratios become 0 before exp: an overflow there would turn into NaN on the way back even if masked later.
-    log_ratio = full_precision(policy_logprobs) - full_precision(old_logprobs.detach())
-    log_ratio = torch.where(loss_mask, log_ratio, log_ratio.new_zeros(()))
-    ratio = log_ratio.exp()
-    advantages = full_precision(advantages.detach())
+    new, old = counted(policy_logprobs, loss_mask), counted(old_logprobs.detach(), loss_mask)
+    advantages = counted(advantages.detach(), loss_mask)
+    ratio = (new - old).exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
-    new, same = log_ratio.detach(), torch.zeros_like(log_ratio)
+    new = new.detach()
     return PolicyLoss(
         loss=masked_mean(torch.maximum(unclipped, clipped), loss_mask, num_tokens),
         clipped_count=(loss_mask & (clipped > unclipped)).sum(),
         ratio_sum=masked_sum(ratio.detach(), loss_mask),
-        approx_kl_sum=masked_sum(kl_k3(same, new), loss_mask),
-        approx_kl_k2_sum=masked_sum(kl_k2(same, new), loss_mask),
+        approx_kl_sum=masked_sum(kl_k3(old, new), loss_mask),
+        approx_kl_k2_sum=masked_sum(kl_k2(old, new), loss_mask),
         token_count=loss_mask.sum(),
     )
 
@@ -131,9 +126,8 @@ def ppo_value_loss(
     Source: the PPO code of Ziegler et al. 2019, arXiv:1909.08593. Departures: a masked mean over tokens.
     Tested by: tests/golden/test_golden_ppo.py, tests/property/test_losses.py
     """
-    require_same_shape(values=values, old_values=old_values, returns=returns, loss_mask=loss_mask)
-    values = full_precision(values)
-    old_values, returns = full_precision(old_values.detach()), full_precision(returns.detach())
+    values = counted(values, loss_mask)
+    old_values, returns = counted(old_values.detach(), loss_mask), counted(returns.detach(), loss_mask)
     moved = (values - old_values).clamp(-value_clip_range, value_clip_range)
     unclipped = (values - returns).square()
     clipped = (old_values + moved - returns).square()

@@ -1,0 +1,126 @@
+"""Reward-model losses against closed forms. s(d) = 1 / (1 + exp(-d)); -log s(d) = ln(1 + exp(-d))."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from accord.losses import centring_penalty, pairwise_loss, ranked_loss
+
+
+def double(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("difference", "margin", "soft_label", "loss", "gradient"),
+    [
+        (0.0, 0.0, 1.0, 0.693147, -0.5),
+        (1.0, 0.0, 1.0, 0.313262, -0.268941),
+        (-1.0, 0.0, 1.0, 1.313262, -0.731059),
+        (2.0, 0.0, 1.0, 0.126928, -0.119203),
+        (1.0, 0.5, 1.0, 0.474077, -0.377541),
+        (1.0, 1.0, 1.0, 0.693147, -0.5),
+        (1.0, 0.0, 0.8, 0.513262, -0.068941),
+        (1.0, 0.0, 0.0, 1.313262, 0.731059),
+        (math.log(4), 0.0, 0.8, 0.500402, 0.0),
+        (math.log(4) + 1.0, 1.0, 0.8, 0.500402, 0.0),
+    ],
+)
+def test_one_pair(difference: float, margin: float, soft_label: float, loss: float, gradient: float) -> None:
+    """-(p log s(x) + (1 - p) log s(-x)) with x = d - m has derivative s(x) - p wrt the chosen score and the opposite
+    wrt the rejected one. x = 1, p = .8: .8 * .313262 + .2 * 1.313262 = .513262, derivative .731059 - .8. At x =
+    logit(p) = ln 4 the derivative is 0 and the loss the entropy of (.8, .2), .500402."""
+    chosen, rejected = double(2.0 + difference).requires_grad_(), double(2.0).requires_grad_()
+    result = pairwise_loss(chosen, rejected, margins=double(margin), soft_labels=double(soft_label))
+    result.loss.backward()
+    assert chosen.grad is not None and rejected.grad is not None
+    assert result.loss.item() == pytest.approx(loss, abs=1e-6)
+    assert chosen.grad.item() == pytest.approx(gradient, abs=1e-6)
+    assert rejected.grad.item() == pytest.approx(-gradient, abs=1e-6)
+
+
+def test_pair_metrics() -> None:
+    """Differences 1, 0, -1, 2 count 1 + .5 + 0 + 1 = 2.5 correct, sum to 2, and have log-losses .313262 + .693147 +
+    1.313262 + .126928 = 2.446599 whatever the margin that was trained with."""
+    result = pairwise_loss(double(1, 5, 0, 2), double(0, 5, 1, 0), margins=double(1, 1, 1, 1))
+    assert result.correct_sum.item() == 2.5
+    assert result.score_margin_sum.item() == 2.0
+    assert result.log_loss_sum.item() == pytest.approx(2.446599, abs=1e-6)
+    assert result.pair_count.item() == 4
+    assert result.group_count.item() == 4
+
+
+def test_four_ranked_completions() -> None:
+    """Scores 2 1 0 -1 in order: three pairs at distance 1, two at 2, one at 3: (3 * .313262 + 2 * .126928 + .048587) /
+    6 = .207038. The best one's derivative is -(s(-1) + s(-2) + s(-3)) / 6 = -(.268941 + .119203 + .047426) / 6 =
+    -.072595, the second's (.268941 - .268941 - .119203) / 6 = -.019867; the lower two mirror them."""
+    scores = double(2, 1, 0, -1).requires_grad_()
+    result = ranked_loss(scores, torch.arange(4), torch.zeros(4, dtype=torch.long))
+    result.loss.backward()
+    assert scores.grad is not None
+    assert result.loss.item() == pytest.approx(0.207038, abs=1e-6)
+    assert scores.grad.tolist() == pytest.approx([-0.072595, -0.019867, 0.019867, 0.072595], abs=1e-6)
+    assert result.pair_count.item() == 6
+
+
+def test_equal_scores_cost_log_two_whatever_the_number_of_completions() -> None:
+    result = ranked_loss(torch.zeros(7), torch.tensor([0, 1, 0, 1, 2, 3, 4]), torch.tensor([0, 0, 1, 1, 1, 1, 1]))
+    assert result.loss.item() == pytest.approx(math.log(2))
+    assert result.correct_sum.item() == 0.5 * (1 + 10)
+
+
+def test_each_prompt_weighs_the_same() -> None:
+    """A pair at distance 2 (.126928) beside the four of above (.207038): mean .166983, not the mean over 7 pairs. The
+    pair's winner has derivative -s(-2) / 2 = -.059601."""
+    scores = double(2, 1, 0, -1, 2, 0).requires_grad_()
+    ranks, groups = torch.tensor([0, 1, 2, 3, 0, 1]), torch.tensor([0, 0, 0, 0, 1, 1])
+    result = ranked_loss(scores, ranks, groups)
+    result.loss.backward()
+    assert scores.grad is not None
+    assert result.loss.item() == pytest.approx((0.207038 + 0.126928) / 2, abs=1e-6)
+    assert result.log_loss_sum.item() == pytest.approx(0.207038 + 0.126928, abs=1e-6)
+    assert scores.grad[4].item() == pytest.approx(-0.059601, abs=1e-6)
+
+
+def test_equal_ranks_teach_nothing() -> None:
+    """Ranks 0 0 1: two pairs remain, (3, 1) and (1, 1): (.126928 + .693147) / 2. A group of ties only is no group."""
+    scores = double(3, 1, 1, 5, -5).requires_grad_()
+    result = ranked_loss(scores, torch.tensor([0, 0, 1, 4, 4]), torch.tensor([0, 0, 0, 1, 1]))
+    result.loss.backward()
+    assert scores.grad is not None
+    assert result.loss.item() == pytest.approx((0.126928 + 0.693147) / 2, abs=1e-6)
+    assert scores.grad[3:].tolist() == [0.0, 0.0]
+    assert (result.pair_count.item(), result.group_count.item()) == (2, 1)
+
+
+def test_centring_a_pair() -> None:
+    """(1.5 + .5)^2 = 4, derivative 2 (1.5 + .5) = 4 for each; a pair around 0 costs nothing. Mean over the two: 2."""
+    scores = double(1.5, 0.5, 0.5, -0.5).requires_grad_()
+    penalty = centring_penalty(scores, torch.tensor([0, 0, 1, 1]))
+    penalty.backward()
+    assert scores.grad is not None
+    assert penalty.item() == pytest.approx(2.0)
+    assert scores.grad.tolist() == pytest.approx([2.0, 2.0, 0.0, 0.0])
+
+
+def test_centring_depends_on_the_mean_of_a_group_only() -> None:
+    """Mean 1 of three costs (2 * 1)^2 = 4, however far apart they are; derivative 8 / 3 each."""
+    scores = double(-7.0, 1.0, 9.0).requires_grad_()
+    penalty = centring_penalty(scores, torch.zeros(3, dtype=torch.long))
+    penalty.backward()
+    assert scores.grad is not None
+    assert penalty.item() == pytest.approx(4.0)
+    assert scores.grad.tolist() == pytest.approx([8 / 3] * 3)
+
+
+def test_extreme_scores_stay_finite() -> None:
+    """-log s(-1e4) = 1e4 exactly in floating point; log(sigmoid()) would underflow to inf."""
+    scores = torch.tensor([-5e3], requires_grad=True)
+    result = pairwise_loss(scores, torch.tensor([5e3]))
+    result.loss.backward()
+    assert scores.grad is not None
+    assert result.loss.item() == 1e4
+    assert scores.grad.item() == -1.0
