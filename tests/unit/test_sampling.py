@@ -39,13 +39,16 @@ def test_a_token_of_probability_zero_is_never_chosen(u: float) -> None:
     assert logprobs.item() == pytest.approx(math.log(0.5), abs=1e-6)
 
 
-def test_the_last_likely_token_is_chosen_below_one_in_a_large_vocabulary() -> None:
-    """50,000 equal tokens, then 14 impossible ones: a float32 cumulative sum would end short of 1 or beyond it."""
-    logits = torch.zeros(1, 50_014)
-    logits[:, 50_000:] = -math.inf
-    ids, logprobs = choose(logits, torch.tensor([JUST_BELOW_ONE], dtype=torch.float64), Sampling(1))
-    assert ids.item() == 49_999
-    assert logprobs.item() == pytest.approx(-math.log(50_000), abs=1e-5)
+def test_a_large_vocabulary_does_not_blur_the_cumulative_sum() -> None:
+    """Token 0 has weight 1 and 50,000 tokens have w = e^-5, so u = (1 + 40000.5 w) / (1 + 50000 w) is token 40001's.
+    A cumulative sum in float32 is off by dozens of tokens there."""
+    w = math.exp(-5)
+    logits = torch.full((1, 50_001), -5.0)
+    logits[:, 0] = 0.0
+    u = (1 + 40_000.5 * w) / (1 + 50_000 * w)
+    ids, logprobs = choose(logits, torch.tensor([u], dtype=torch.float64), Sampling(1))
+    assert ids.item() == 40_001
+    assert logprobs.item() == pytest.approx(-5 - math.log(1 + 50_000 * w), abs=1e-5)
 
 
 def test_the_logprob_is_under_the_tempered_distribution() -> None:

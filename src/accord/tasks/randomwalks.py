@@ -1,0 +1,185 @@
+"""The randomwalks benchmark: reach node 'a' of a random directed graph in as few steps as possible, one letter a node.
+
+Everything about it can be computed without sampling: the graph, the walks to learn from, the score of any string, and,
+for any policy that looks only at the last letter, its expected score and the best trade of score against KL. The graph
+and the walks are bit-identical to the original benchmark's, which fixes the order of the random draws.
+Legend: N = 21 nodes, S = 20 starts (every letter but 'a'), L = 11 path lengths in nodes (0 to 10, the start included).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from accord.records import Completion, Group, Message
+
+__all__ = ["ALPHABET", "GOAL", "MAX_NODES", "RandomWalks", "RegularisedOptimum", "regularised_optimum"]
+
+ALPHABET = "abcdefghijklmnopqrstu"
+GOAL = "a"
+MAX_NODES = 10  # a walk visits at most 10 nodes, so a policy writes at most 9 letters after the first
+
+_EDGE_PROBABILITY = 0.1
+_NUM_WALKS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class RegularisedOptimum:
+    """The best policy under E[optimality] - kl_coef * KL(policy || reference): its two terms and the objective."""
+
+    optimality: float
+    kl: float  # nats per sequence
+    objective: float
+
+
+def regularised_optimum(probabilities: np.ndarray, optimalities: np.ndarray, kl_coef: float) -> RegularisedOptimum:
+    """The optimum over all policies, from the reference's distribution over outcomes.
+
+        pi*(x) = p(x) exp(o(x) / kl_coef) / Z,  Z = sum p exp(o / kl_coef)
+        objective = kl_coef log Z,  kl = E*[o] / kl_coef - log Z
+        kl_coef = 0: all mass on the best possible outcome, objective = max o where p > 0, kl = -log p(best)
+
+    Outcomes of equal optimality may be merged, because the optimum keeps their proportions.
+
+    Shapes: probabilities (X,), at least 0, summing to 1; optimalities (X,); kl_coef >= 0.
+    """
+    possible = probabilities > 0
+    p, o = probabilities[possible], optimalities[possible]
+    best = o.max()
+    if kl_coef == 0:
+        return RegularisedOptimum(float(best), float(-np.log(p[o == best].sum())), float(best))
+    weights = p * np.exp((o - best) / kl_coef)  # shifted by the best, so that a small kl_coef does not overflow
+    log_z = best / kl_coef + np.log(weights.sum())
+    optimality = (weights * o).sum() / weights.sum()
+    return RegularisedOptimum(float(optimality), float(optimality / kl_coef - log_z), float(kl_coef * log_z))
+
+
+class RandomWalks:
+    """One instance of the benchmark, determined by its seed.
+
+    Attributes:
+        adjacency: (N, N) bool, [i, j] True when an edge leads from node i to node j; node 0 is the goal, and has none
+            but the edge to itself.
+        num_draws: adjacency matrices drawn until every node had a way out.
+        walks: 1,000 random walks as strings, of 2 to 10 letters, ending at the first 'a'.
+        prompts: the 20 letters a walk can start from, in order.
+        shortest: (N,) nodes on the shortest path from each node to the goal, both included; 10 when there is none
+            that short.
+        optimalities: (S, L), the optimality of reaching the goal from prompt s with l nodes in all.
+    """
+
+    def __init__(self, seed: int = 1000) -> None:
+        draw = np.random.RandomState(seed)
+        self.adjacency, self.num_draws = _draw_adjacency(draw)
+        self.walks = tuple(_draw_walk(draw, self.adjacency) for _ in range(_NUM_WALKS))
+        self.prompts = tuple(sorted({walk[0] for walk in self.walks}))
+        distance = _nodes_to_goal(self.adjacency)
+        self._reachable = distance <= MAX_NODES
+        self.shortest = np.minimum(distance, MAX_NODES)
+        self.optimalities = np.array(
+            [[self.path_optimality(letter, nodes) for nodes in range(MAX_NODES + 1)] for letter in self.prompts]
+        )
+
+    def next_letters(self, letter: str) -> str:
+        """The letters an edge leads to, in order."""
+        return "".join(ALPHABET[j] for j in np.flatnonzero(self.adjacency[ALPHABET.index(letter)]))
+
+    def path_optimality(self, start: str, num_nodes: int) -> float:
+        """How good it is to reach the goal from `start` with `num_nodes` nodes in all, in [0, 1]; 1 = a shortest path.
+
+            (10 - num_nodes) / (10 - shortest[start]), and 0 beyond 10 nodes
+
+        Where the shortest path has 10 nodes the quotient is 0 / 0: such a path then counts 1.
+        """
+        node = ALPHABET.index(start)
+        if num_nodes < self.shortest[node] or num_nodes > MAX_NODES or not self._reachable[node]:
+            return 0.0
+        if self.shortest[node] == MAX_NODES:
+            return 1.0
+        return float((MAX_NODES - num_nodes) / (MAX_NODES - self.shortest[node]))
+
+    def optimality(self, sample: str) -> float:
+        """The score of a sample, prompt letter included.
+
+        0 for a sample that is empty, contains an unknown character or takes a step that is no edge before it reaches
+        'a', or never reaches it. What follows the first 'a' is ignored; a sample that starts there scores 1.
+        """
+        for index, letter in enumerate(sample):
+            if letter not in ALPHABET or (index > 0 and letter not in self.next_letters(sample[index - 1])):
+                return 0.0
+            if letter == GOAL:
+                return self.path_optimality(sample[0], index + 1)
+        return 0.0
+
+    def sft_groups(self) -> tuple[Group, ...]:
+        """The walks as supervised data: the first letter is the prompt, the rest its completion."""
+        return tuple(
+            Group((Message("user", walk[0]),), (Completion((Message("assistant", walk[1:]),)),)) for walk in self.walks
+        )
+
+    def random_walk(self) -> np.ndarray:
+        """(N, N) transition probabilities of the policy that takes every edge out of a node equally often."""
+        return self.adjacency / self.adjacency.sum(axis=1, keepdims=True)
+
+    def goal_probabilities(self, transitions: np.ndarray) -> np.ndarray:
+        """(S, L): the probability that a policy first reaches the goal with l nodes, having taken edges only.
+
+        `transitions` is (N, N): the probability of each next letter given the last one. Rows may sum to less than 1
+        over the edges; what is missing goes to illegal steps, from which there is no way back.
+        """
+        legal = np.where(self.adjacency, transitions, 0.0)
+        at = np.eye(len(ALPHABET))[[ALPHABET.index(prompt) for prompt in self.prompts]]
+        reached = np.zeros((len(self.prompts), MAX_NODES + 1))
+        for num_nodes in range(2, MAX_NODES + 1):
+            at = at @ legal
+            reached[:, num_nodes] = at[:, 0]
+            at[:, 0] = 0.0
+        return reached
+
+    def mean_optimality(self, goal_probabilities: np.ndarray) -> float:
+        """The expected optimality, averaged over the prompts, of a policy with these `goal_probabilities` (S, L)."""
+        return float((goal_probabilities * self.optimalities).sum(axis=1).mean())
+
+    def optima(self, goal_probabilities: np.ndarray, kl_coef: float) -> tuple[RegularisedOptimum, ...]:
+        """For each prompt, the optimum against a reference with these `goal_probabilities` (S, L)."""
+        missed = 1.0 - goal_probabilities.sum(axis=1, keepdims=True)
+        probabilities = np.concatenate([goal_probabilities, missed], axis=1)
+        optimalities = np.concatenate([self.optimalities, np.zeros_like(missed)], axis=1)
+        return tuple(regularised_optimum(p, o, kl_coef) for p, o in zip(probabilities, optimalities, strict=True))
+
+
+def _draw_adjacency(draw: np.random.RandomState) -> tuple[np.ndarray, int]:
+    size, num_draws = len(ALPHABET), 0
+    while True:
+        num_draws += 1
+        adjacency = draw.rand(size, size) > 1 - _EDGE_PROBABILITY
+        np.fill_diagonal(adjacency, False)
+        if adjacency.any(axis=1).all():
+            adjacency[0] = False
+            adjacency[0, 0] = True
+            return adjacency, num_draws
+
+
+def _draw_walk(draw: np.random.RandomState, adjacency: np.ndarray) -> str:
+    nodes = [0]
+    while nodes[0] == 0:
+        nodes = [draw.randint(len(ALPHABET))]
+    while nodes[-1] != 0 and len(nodes) < MAX_NODES:
+        nodes.append(int(draw.choice(np.flatnonzero(adjacency[nodes[-1]]))))
+    return "".join(ALPHABET[node] for node in nodes)
+
+
+def _nodes_to_goal(adjacency: np.ndarray) -> np.ndarray:
+    """(N,) nodes on the shortest path to the goal, by breadth-first search backwards; N + 1 where there is none."""
+    distance = np.full(len(adjacency), len(adjacency) + 1)
+    distance[0] = 1
+    queue = deque([0])
+    while queue:
+        node = queue.popleft()
+        for before in np.flatnonzero(adjacency[:, node]):
+            if distance[before] > len(adjacency):
+                distance[before] = distance[node] + 1
+                queue.append(before)
+    return distance
