@@ -19,7 +19,9 @@ from accord.report.style import STYLE
 
 __all__ = ["Html", "duration", "element", "join", "number", "page", "quantity", "section", "with_interval"]
 
-_VOID = frozenset({"br", "hr", "meta"})
+_VOID = frozenset({"meta"})
+_PLAIN = frozenset("\n\t\u200c\u200d")  # the two joiners are part of spelling (Persian, emoji) and hide nothing
+_NO_CHARACTER = frozenset({0xFFFE, 0xFFFF})  # not allowed in XML, so not in a drawing
 
 
 class Html(str):
@@ -34,11 +36,9 @@ def _escape(text: str) -> str:
 
 
 def _visible(character: str) -> str:
-    if character in "\n\t" or unicodedata.category(character) not in {"Cc", "Cf", "Cs"}:
-        return character
-    if character == "\u200d":  # joins emoji; harmless, and families of emoji fall apart without it
-        return character
     code = ord(character)
+    if character in _PLAIN or (unicodedata.category(character) not in {"Cc", "Cf", "Cs"} and code not in _NO_CHARACTER):
+        return character
     return chr(0x2400 + code) if code < 0x20 else f"\u27e8U+{code:04X}\u27e9"
 
 
@@ -64,12 +64,13 @@ def number(value: float) -> str:
     if not math.isfinite(value):
         return "not finite"
     if value == int(value) and abs(value) < 1e12:
-        text = f"{int(value):,}".replace(",", "\u2009")
+        text = f"{int(value):,}"
     elif 1e-3 <= abs(value) < 1e4:
-        text = f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+        text = f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
     else:
-        text = f"{value:.3g}"
-    return text.replace("-", "\u2212")
+        mantissa, _, exponent = f"{value:.2e}".partition("e")
+        text = f"{float(mantissa):g}e{int(exponent)}"
+    return text.replace(",", "\u2009").replace("-", "\u2212")
 
 
 def quantity(value: float, unit: str | None) -> str:
@@ -87,7 +88,7 @@ def with_interval(value: float, low: float | None, high: float | None, n: int | 
     text = quantity(value, unit)
     if low is not None and high is not None:
         text += f" [{quantity(low, bare)}, {quantity(high, bare)}]"
-    return text if n is None else f"{text}, n = {number(n)}"
+    return text if n is None else f"{text}, n\u00a0=\u00a0{number(n)}"
 
 
 def duration(seconds: float) -> str:

@@ -11,11 +11,13 @@ from pathlib import Path
 
 from accord.report.html import Html, duration, element, page, section, with_interval
 from accord.report.panels import (
+    OVERVIEW_PANELS,
     account,
     calibration_figure,
     comparison_figure,
     curve_figure,
     exchanges,
+    grid,
     key_figures,
     metric_figures,
     over_optimisation_figure,
@@ -60,8 +62,7 @@ def overview_report(root: Path, stages: Sequence[str]) -> Path:
         ("The pipeline", "Each stage builds on the ones before it.", [_pipeline(root, runs)]),
         ("Did it get better?", None, [comparison_figure(_comparisons(whole, runs))]),
         ("Was the reward model exploited?", None, _ppo(runs)),
-        ("Can the reward model be trusted?", None, [calibration_figure(run) for run in runs]),
-        ("More charts", None, [curve_figure(curve) for run in (whole, *runs) for curve in run.curves]),
+        ("More evidence", None, [_more_evidence((whole, *runs))]),
         ("Side by side", None, list(exchanges([item for run in (whole, *runs) for item in run.side_by_side]))),
         ("How to read this page", None, [_glossary()]),
     ]
@@ -97,7 +98,7 @@ def _step(root: Path, index: int, run: Run) -> Html:
         part
         for item in run.headline[:2]
         for part in (
-            element("dt", item.name),
+            element("dt", item.name, title=item.meaning or None),
             element("dd", with_interval(item.value, item.low, item.high, item.n, item.unit)),
         )
     ]
@@ -106,7 +107,7 @@ def _step(root: Path, index: int, run: Run) -> Html:
     when = duration(run.seconds) if run.seconds is not None else "" if run.finished else "not finished"
     return element(
         "li",
-        element("span", f"{index}{' · ' if when else ''}{when}", class_="when"),
+        element("span", " \u00b7 ".join(filter(None, (f"Stage {index}", when))), class_="when"),
         element("h3", stage_title(run)),
         element("p", STAGES[run.stage][1]) if run.stage in STAGES else None,
         element("dl", *numbers) if numbers else None,
@@ -116,11 +117,16 @@ def _step(root: Path, index: int, run: Run) -> Html:
 
 
 def _ppo(runs: Sequence[Run]) -> list[Html | None]:
-    """For every run that sampled from its policy: reward against distance, then its curves."""
+    """For every run that sampled from its policy: reward against distance, then the curves that explain it."""
     sampled = [run for run in runs if any(name.startswith("rollout/") for name in run.metrics)]
-    return [part for run in sampled for part in (over_optimisation_figure(run), metric_figures(run))]
+    return [grid([over_optimisation_figure(run), *metric_figures(run, OVERVIEW_PANELS)]) for run in sampled]
+
+
+def _more_evidence(runs: Sequence[Run]) -> Html | None:
+    curves = [curve_figure(curve) for run in runs for curve in run.curves]
+    return grid([*(calibration_figure(run) for run in runs), *curves])
 
 
 def _glossary() -> Html:
-    terms = [part for term, text in _GLOSSARY.items() for part in (element("h3", term), element("p", text))]
-    return element("div", *terms, class_="card account")
+    terms = (element("div", element("h3", term), element("p", text)) for term, text in _GLOSSARY.items())
+    return element("div", *terms, class_="card glossary")

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from accord.metrics import METRICS, check
+from accord.metrics import METRICS, REDUCTIONS, Metric, check
 from accord.report.html import Html, element, join, number, quantity, with_interval
 from accord.report.reading import Answer, Curve, Estimate, Exchange, Points, Run
 from accord.report.svg import ForestRow, Series, calibration_plot, forest_plot, histogram, legend, xy_chart
 
 __all__ = [
+    "OVERVIEW_PANELS",
+    "PANELS",
     "account",
     "calibration_figure",
     "comparison_figure",
     "curve_figure",
     "exchanges",
+    "grid",
     "key_figures",
     "key_value_table",
     "metric_figures",
@@ -26,7 +29,7 @@ __all__ = [
 ]
 
 # Chart title -> the metrics drawn together. In reading order, most telling first; a stage shows what it logged.
-_PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
+PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Score from the reward model", ("rollout/score/mean", "eval/score/mean")),
     ("Gold utility", ("rollout/gold_utility/mean", "eval/gold_utility/mean")),
     ("Distance from the reference", ("rollout/kl_per_sequence_nats", "eval/kl_per_sequence_nats")),
@@ -45,31 +48,36 @@ _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Where the time goes", ("time/generate_seconds", "time/score_seconds", "time/update_seconds")),
 )
 
-_BETTER = {"up": "higher is better", "down": "lower is better", "neutral": "no better direction"}
+OVERVIEW_PANELS = PANELS[1:4]
+
+_BETTER = {"up": " Higher is better.", "down": " Lower is better.", "neutral": ""}
 _MOST_POINTS = 160  # per line; more cannot be told apart at this width and make the file large
 
 
 def figure(title: str, chart: Html, *, key: Html | None = None, trend: str = "", caption: Html | str = "") -> Html:
     right = element("span", trend, class_="trend") if trend else None
     head = element("div", element("h3", title), right, class_="figure-head")
-    return element("figure", head, key, chart, element("figcaption", caption) if caption else None, class_="card")
+    return element("figure", head, key, chart, element("figcaption", caption) if caption else None)
 
 
-def metric_figures(run: Run) -> Html | None:
-    """The charts of the metrics that matter, two to a row."""
-    figures = [_metric_figure(title, names, run) for title, names in _PANELS]
-    shown = [item for item in figures if item is not None]
+def grid(figures: Iterable[Html | None]) -> Html | None:
+    """Figures as cards, two to a row, one on narrow screens."""
+    shown = [element("div", item, class_="card") for item in figures if item is not None]
     return element("div", *shown, class_="grid") if shown else None
+
+
+def metric_figures(run: Run, panels: Sequence[tuple[str, tuple[str, ...]]] = PANELS) -> list[Html | None]:
+    """The charts of the metrics that matter."""
+    return [_metric_figure(title, names, run) for title, names in panels]
 
 
 def other_metric_figures(run: Run) -> Html | None:
     """Every logged metric that `metric_figures` leaves out, folded away. Raises UnknownMetric for undeclared names."""
-    panelled = {name for _, names in _PANELS for name in names}
+    panelled = {name for _, names in PANELS for name in names}
     figures = [_metric_figure(name, (name,), run) for name in sorted(run.metrics) if name not in panelled]
     if not figures:
         return None
-    grid = element("div", *figures, class_="grid")
-    return element("details", element("summary", f"All other metrics ({len(figures)})"), grid, class_="more")
+    return element("details", element("summary", f"All other metrics ({len(figures)})"), grid(figures), class_="more")
 
 
 def _metric_figure(title: str, names: Iterable[str], run: Run) -> Html | None:
@@ -79,21 +87,33 @@ def _metric_figure(title: str, names: Iterable[str], run: Run) -> Html | None:
     series = [_thinned(metric.name, run.metrics[metric.name], colour) for colour, metric in enumerate(logged)]
     unit = logged[0].unit
     chart = xy_chart(series, title=title, x_label="step", y_label=unit)
-    entries = []
-    for metric in logged:
-        facts = ", ".join(filter(None, (metric.unit, metric.reduction, _BETTER[metric.direction])))
-        entries.append(element("dt", element("code", metric.name, title=metric.formula)))
-        entries.append(element("dd", f"{metric.meaning} ({facts}) ", element("code", metric.formula)))
-    details = element("details", element("summary", "What is drawn, exactly"), element("dl", *entries))
-    band = " The band holds all steps behind each point." if any(item.lows for item in series) else ""
-    first = f"{logged[0].meaning} {_BETTER[logged[0].direction].capitalize()}.{band}"
-    return figure(title, chart, key=legend(series), trend=_trend(series[0], unit), caption=join([first, details]))
+    caption = join(
+        [
+            *(_explained(metric, named=len(logged) > 1) for metric in logged),
+            "The band holds all steps behind each point." if any(item.lows for item in series) else None,
+            element("details", element("summary", "What is drawn, exactly"), element("dl", *map(_defined, logged))),
+        ]
+    )
+    return figure(title, chart, key=legend(series), trend=_trend(series[0], unit), caption=caption)
+
+
+def _explained(metric: Metric, *, named: bool) -> Html:
+    name = join([element("code", metric.name), " "]) if named else None
+    return element("p", name, metric.meaning, _BETTER[metric.direction])
+
+
+def _defined(metric: Metric) -> Html:
+    facts = ", ".join(filter(None, (metric.unit, REDUCTIONS[metric.reduction])))
+    return join(
+        [element("dt", element("code", metric.name)), element("dd", element("code", metric.formula), f" {facts}")]
+    )
 
 
 def _trend(series: Series, unit: str) -> str:
     finite = [y for y in series.ys if math.isfinite(y)]
     bare = unit if unit in {"fraction", "seconds"} else None
-    return f"{quantity(finite[0], bare)} \u2192 {quantity(finite[-1], bare)}" if len(finite) > 1 else ""
+    ends = [quantity(y, bare) for y in (finite[:1] + finite[-1:])]
+    return " \u2192 ".join(dict.fromkeys(ends))
 
 
 def _thinned(label: str, points: Points, colour: int) -> Series:
@@ -103,13 +123,15 @@ def _thinned(label: str, points: Points, colour: int) -> Series:
         return Series(label, tuple(x for x, _ in points), tuple(y for _, y in points), colour)
     buckets = [points[start : start + width] for start in range(0, len(points), width)]
     finite = [[y for _, y in bucket if math.isfinite(y)] or [math.nan] for bucket in buckets]
+    lows, highs = tuple(map(min, finite)), tuple(map(max, finite))
+    varies = any(low < high for low, high in zip(lows, highs, strict=True))
     return Series(
         label,
         tuple(sum(x for x, _ in bucket) / len(bucket) for bucket in buckets),
         tuple(sum(ys) / len(ys) for ys in finite),
         colour,
-        lows=tuple(min(ys) for ys in finite),
-        highs=tuple(max(ys) for ys in finite),
+        lows=lows if varies else (),
+        highs=highs if varies else (),
     )
 
 
@@ -152,10 +174,11 @@ def _over_optimisation_caption(series: Sequence[Series]) -> str:
     text = "Each dot is one rollout; the lines are smoothed. "
     for line in (item for item in series if item.draw == "line"):
         best = max(range(len(line.ys)), key=line.ys.__getitem__)
-        text += (
-            f"{line.label.partition(':')[0].capitalize()} is highest at \u221aKL {number(line.xs[best])} "
-            f"({number(line.ys[best])}) and ends at {number(line.ys[-1])}. "
-        )
+        name, end = line.label.partition(":")[0].capitalize(), number(line.ys[-1])
+        if best == len(line.ys) - 1:
+            text += f"{name} is highest at the largest distance ({end}). "
+        else:
+            text += f"{name} peaks at \u221aKL {number(line.xs[best])} ({number(line.ys[best])}) and ends at {end}. "
     if sum(item.draw == "line" for item in series) == 2:
         text += "Where the proxy still climbs and gold falls, the policy exploits the reward model."
     return text
@@ -228,7 +251,7 @@ def comparison_figure(comparisons: Sequence[Estimate], title: str = "Win rates")
     plot = forest_plot([ForestRow(item.name, item.value, item.low, item.high, item.n) for item in rows], title=title)
     verdicts = element("ul", *(_verdict(item) for item in rows), class_="verdicts")
     caption = "Bars are 95% intervals. At 50% the two are equally good; ties count half."
-    return element("div", figure(title, plot, caption=caption), element("div", verdicts, class_="card"), class_="grid")
+    return element("div", figure(title, plot, caption=caption), verdicts, class_="card split")
 
 
 def _verdict(item: Estimate) -> Html:
@@ -254,7 +277,7 @@ def _tile(item: Estimate) -> Html:
     if item.low is not None and item.high is not None:
         spread.append(f"95% interval {quantity(item.low, bare)} to {quantity(item.high, bare)}")
     if item.n is not None:
-        spread.append(f"n = {number(item.n)}")
+        spread.append(f"n\u00a0=\u00a0{number(item.n)}")
     declared = METRICS.get(item.name)
     return element(
         "div",

@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 from accord.errors import DataError
 from accord.metrics import METRICS
+from accord.report.html import number
 from accord.report.svg import Draw, Series
 
 __all__ = ["Answer", "Curve", "Estimate", "Exchange", "Run", "Sample", "read_run"]
@@ -173,8 +174,8 @@ def _optional(value: Any) -> float | None:
 
 def _gap(value: Any) -> float:
     """A number, or nan for null and for anything not finite: both are gaps in a chart."""
-    number = math.nan if value is None else float(value)
-    return number if math.isfinite(number) else math.nan
+    found = math.nan if value is None else float(value)
+    return found if math.isfinite(found) else math.nan
 
 
 def _estimate(name: str, item: dict[str, Any]) -> Estimate:
@@ -206,7 +207,9 @@ def _exchange(item: dict[str, Any]) -> Exchange:
         item["prompt"],
         tuple(
             Answer(
-                who, text, tuple(f"{label} {values[who]:.2f}" for label, values in kinds if values.get(who) is not None)
+                who,
+                text,
+                tuple(f"{label} {number(values[who])}" for label, values in kinds if values.get(who) is not None),
             )
             for who, text in item["answers"].items()
         ),

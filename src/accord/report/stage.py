@@ -27,13 +27,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from accord.report.html import Html, duration, element, page, section
+from accord.report.html import Html, duration, element, number, page, section
 from accord.report.panels import (
     account,
     calibration_figure,
     comparison_figure,
     curve_figure,
     exchanges,
+    grid,
     key_figures,
     key_value_table,
     metric_figures,
@@ -105,9 +106,7 @@ def _curves(run: Run) -> list[Html | None]:
         score_figure(run),
         *map(curve_figure, run.curves),
     ]
-    shown = [item for item in special if item is not None]
-    grid = element("div", *shown, class_="grid stacked") if shown else None
-    return [grid, metric_figures(run), other_metric_figures(run)]
+    return [grid([*special, *metric_figures(run)]), other_metric_figures(run)]
 
 
 def _over_time(samples: tuple[Sample, ...]) -> list[Exchange]:
@@ -122,7 +121,7 @@ def _over_time(samples: tuple[Sample, ...]) -> list[Exchange]:
 
 
 def _answer(sample: Sample) -> Answer:
-    score = () if sample.score is None else (f"score {sample.score:.2f}",)
+    score = () if sample.score is None else (f"score {number(sample.score)}",)
     return Answer(
         f"step {sample.step}", sample.completion, (*score, *(f"{key} {value}" for key, value in sample.notes))
     )

@@ -30,14 +30,14 @@ body {
 }
 main { max-width: 1080px; margin: 0 auto; padding: 48px 24px 64px; }
 h1 { font-size: 2.1rem; line-height: 1.2; letter-spacing: -0.015em; margin: 4px 0 8px; font-weight: 650; }
-h2 { font-size: 1.35rem; line-height: 1.3; letter-spacing: -0.01em; margin: 0 0 4px; font-weight: 620; }
+h2 { font-size: 1.35rem; line-height: 1.3; letter-spacing: -0.01em; margin: 0 0 14px; font-weight: 620; }
 h3 { font-size: 1rem; line-height: 1.4; margin: 0; font-weight: 620; }
 p { margin: 0 0 12px; max-width: 70ch; }
 a { color: var(--accent); text-decoration-thickness: 1px; text-underline-offset: 3px; }
 section { margin-top: 52px; scroll-margin-top: 16px; }
 .eyebrow { color: var(--muted); font-size: 0.82rem; letter-spacing: 0.06em; text-transform: uppercase; margin: 0; }
 .sub, .note { color: var(--muted); }
-.note { margin-bottom: 18px; }
+.note { margin: -10px 0 16px; }
 nav { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 18px; padding: 12px 0;
   border-top: 1px solid var(--rule); border-bottom: 1px solid var(--rule); font-size: 0.9rem; }
 nav a { text-decoration: none; }
@@ -45,15 +45,19 @@ nav a:hover { text-decoration: underline; }
 footer { margin-top: 64px; padding-top: 16px; border-top: 1px solid var(--rule); color: var(--muted);
   font-size: 0.85rem; }
 .card { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 18px 20px; min-width: 0; }
-.grid { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
-.tiles { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 220px), 1fr)); }
+.grid { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); }
+.split { display: grid; gap: 20px 40px; align-items: center;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); }
+.tiles { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 244px), 1fr)); }
 .tile .value { font-size: 1.7rem; line-height: 1.25; font-weight: 620; letter-spacing: -0.01em;
   font-variant-numeric: tabular-nums; }
 .tile .spread, .tile .why { color: var(--muted); font-size: 0.86rem; line-height: 1.45; }
 .tile .spread { font-variant-numeric: tabular-nums; }
 .tile .why { margin-top: 8px; }
-.tile .name { font-size: 0.9rem; font-weight: 560; }
+.tile .name { overflow-wrap: anywhere; font-size: 0.9rem; font-weight: 560; }
 .account p:last-child { margin-bottom: 0; }
+.glossary { display: grid; gap: 18px 40px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 360px), 1fr)); }
+.glossary p { margin: 2px 0 0; font-size: 0.94rem; }
 .warning { background: var(--warn-paper); border-left: 4px solid var(--warn-rule); border-radius: 6px;
   padding: 12px 16px; margin: 12px 0 0; }
 .warning p { margin: 0; }
@@ -69,6 +73,7 @@ footer { margin-top: 64px; padding-top: 16px; border-top: 1px solid var(--rule);
 figure { margin: 0; }
 .figure-head { display: flex; justify-content: space-between; gap: 12px; align-items: baseline; }
 .trend { color: var(--muted); font-size: 0.86rem; white-space: nowrap; font-variant-numeric: tabular-nums; }
+figcaption p { margin: 0 0 4px; }
 figcaption { color: var(--muted); font-size: 0.86rem; line-height: 1.5; margin-top: 8px; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 6px 0 0; padding: 0;
   font-size: 0.85rem; color: var(--muted); }
@@ -91,10 +96,11 @@ th, td { text-align: left; vertical-align: top; padding: 5px 16px 5px 0; border-
 th { font-weight: 500; color: var(--muted); width: 38%; }
 .verdicts { list-style: none; margin: 0; padding: 0; }
 .verdicts li { margin-bottom: 14px; }
+.verdicts li:last-child { margin-bottom: 0; }
 .verdicts .detail { color: var(--muted); font-size: 0.9rem; font-variant-numeric: tabular-nums; }
 .exchange { margin-bottom: 16px; break-inside: avoid; }
 .prompt { white-space: pre-wrap; overflow-wrap: anywhere; font-weight: 560; margin: 0 0 12px; max-width: none; }
-.answers { display: grid; gap: 10px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 230px), 1fr)); }
+.answers { display: grid; gap: 12px 22px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 230px), 1fr)); }
 .answer { border-left: 3px solid var(--c); padding: 2px 0 2px 12px; min-width: 0; }
 .answer .who { display: flex; flex-wrap: wrap; gap: 2px 10px; justify-content: space-between;
   font-size: 0.82rem; color: var(--muted); font-variant-numeric: tabular-nums; }
@@ -104,7 +110,7 @@ th { font-weight: 500; color: var(--muted); width: 38%; }
 .empty { color: var(--muted); font-style: italic; }
 .c0 { --c: var(--c0); } .c1 { --c: var(--c1); } .c2 { --c: var(--c2); }
 .c3 { --c: var(--c3); } .c4 { --c: var(--c4); } .c5 { --c: var(--c5); }
-svg { display: block; width: 100%; height: auto; max-width: 660px; margin: 6px auto 0; overflow: visible; }
+svg { display: block; width: 100%; height: auto; max-width: 540px; margin: 6px auto 0; overflow: visible; }
 svg text { font-size: 13px; fill: var(--muted); font-variant-numeric: tabular-nums; font-family: inherit; }
 svg text.strong { fill: var(--ink); font-weight: 560; }
 svg .tick { stroke: var(--rule); stroke-width: 1; }
@@ -113,12 +119,12 @@ svg .reference { stroke: var(--muted); stroke-width: 1.25; stroke-dasharray: 4 4
 svg .line { stroke: var(--c); stroke-width: 2.25; fill: none; stroke-linejoin: round; stroke-linecap: round; }
 svg .c1.line { stroke-dasharray: 8 4; } svg .c2.line { stroke-dasharray: 2 5; }
 svg .c3.line { stroke-dasharray: 10 4 2 4; }
+svg .c5.line { stroke-dasharray: 4 4; stroke-width: 1.25; }
 svg .band { fill: var(--c); opacity: 0.16; }
-svg .dot { fill: var(--c); opacity: 0.75; stroke: var(--card); stroke-width: 1; }
+svg .dot { fill: var(--c); opacity: 0.7; stroke: var(--card); stroke-width: 1; }
 svg .faint { opacity: 0.4; }
-svg .whisker { stroke: var(--c); stroke-width: 2; fill: none; }
+svg .whisker { stroke: var(--c); stroke-width: 2.5; fill: none; }
 svg .bar { fill: var(--c); opacity: 0.45; stroke: var(--c); stroke-width: 1; }
-svg .plate { fill: var(--card); }
 svg .hit { fill: transparent; }
 svg .hit:hover { fill: var(--c); }
 @media (max-width: 560px) {
@@ -133,7 +139,10 @@ svg .hit:hover { fill: var(--c); }
   :root { --paper: #ffffff; }
   body { font-size: 10.5pt; }
   main { max-width: none; padding: 0; }
-  nav, summary { display: none; }
+  nav, figcaption summary { display: none; }
+  h2, h3, .note { break-after: avoid; }
+  .grid, .split { grid-template-columns: 1fr 1fr; }
+  .steps { grid-template-columns: repeat(4, 1fr); }
   .card, figure, .exchange, li { break-inside: avoid; }
   .answer .said { max-height: none; }
   details::details-content { content-visibility: visible; block-size: auto; }

@@ -79,6 +79,15 @@ def ticks(low: float, high: float, count: int = 5) -> tuple[float, ...]:
     return tuple(round(index * step, 12) for index in range(first, last + 1))
 
 
+def _tick_labels(values: Sequence[float]) -> list[str]:
+    """The values with as many decimals as all of them need; very small and very large ones with an exponent."""
+    largest = max(abs(value) for value in values)
+    if not 1e-3 <= largest < 1e6:
+        return [number(value) for value in values]
+    decimals = next(d for d in range(9) if d == 8 or all(math.isclose(round(v, d), v, abs_tol=1e-9) for v in values))
+    return [f"{value:,.{decimals}f}".replace(",", "\u2009").replace("-", "\u2212") for value in values]
+
+
 def _range(values: Iterable[float]) -> tuple[float, float]:
     """The finite range of the values, widened when it is a single point."""
     finite = [value for value in values if math.isfinite(value)]
@@ -119,10 +128,8 @@ def xy_chart(
     """Lines and points over two axes with round ticks. Ranges are taken from the data unless given."""
     x_ticks = ticks(*(x_range or _range(x for item in series for x in item.xs)))
     y_ticks = ticks(*(y_range or _range(y for item in series for y in (*item.ys, *item.lows, *item.highs))))
-    widest = max(len(number(value)) for value in y_ticks)
-    frame = _Frame(
-        (min(x_ticks[0], x_ticks[-1]), x_ticks[-1]), (y_ticks[0], y_ticks[-1]), 14 + 9 * widest, 34, WIDTH - 16, 240
-    )
+    widest = max(map(len, _tick_labels(y_ticks)))
+    frame = _Frame((x_ticks[0], x_ticks[-1]), (y_ticks[0], y_ticks[-1]), 14 + 9 * widest, 34, WIDTH - 16, 240)
     marks = [_line(item, frame) if item.draw == "line" else _points(item, frame) for item in series]
     return _drawing(
         title,
@@ -146,17 +153,15 @@ def _drawing(title: str, description: str, height: float, *children: Html) -> Ht
     )
 
 
-def _axes(
-    frame: _Frame, x_ticks: Sequence[float], y_ticks: Sequence[float], x_label: str, y_label: str, *, percent: str = ""
-) -> Html:
+def _axes(frame: _Frame, x_ticks: Sequence[float], y_ticks: Sequence[float], x_label: str, y_label: str) -> Html:
     parts = [element("text", y_label, x=0, y=16)]
-    for value in y_ticks:
+    for value, label in zip(y_ticks, _tick_labels(y_ticks), strict=True):
         y = frame.y(value)
         parts.append(element("line", x1=frame.left, x2=frame.right, y1=y, y2=y, class_="tick"))
-        parts.append(element("text", number(value), x=frame.left - 8, y=y + 4.5, text_anchor="end"))
+        parts.append(element("text", label, x=frame.left - 8, y=y + 4.5, text_anchor="end"))
     parts.append(element("line", x1=frame.left, x2=frame.right, y1=frame.bottom, y2=frame.bottom, class_="axis"))
-    for value in x_ticks:
-        parts.append(element("text", number(value), x=frame.x(value), y=frame.bottom + 20, text_anchor="middle"))
+    for value, label in zip(x_ticks, _tick_labels(x_ticks), strict=True):
+        parts.append(element("text", label, x=frame.x(value), y=frame.bottom + 20, text_anchor="middle"))
     parts.append(element("text", x_label, x=frame.right, y=frame.bottom + 42, text_anchor="end"))
     return join(parts)
 
@@ -236,17 +241,20 @@ def _marker(x: float, y: float, colour: int, title: str | None) -> Html:
 
 def forest_plot(rows: Sequence[ForestRow], *, title: str) -> Html:
     """Win rates with intervals on one axis from 0 to 100%, against the line of no difference at 50%."""
-    bottom = 14 + 52.0 * len(rows)
-    frame = _Frame((0, 1), (0, 1), 12, 6, WIDTH - 22, bottom)
+    tops = [6 + 52.0 * index for index in range(len(rows))]
+    bottom = 6 + 52.0 * len(rows)
+    frame = _Frame((0, 1), (0, 1), 12, 4, WIDTH - 22, bottom)
     parts: list[Html] = []
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        x, style = frame.x(share), "reference" if share == 0.5 else "tick"
-        parts.append(element("line", x1=x, x2=x, y1=frame.top, y2=bottom, class_=style))
+        x = frame.x(share)
+        # Only the line of no difference runs through the rows' text, between label and value.
+        spans = [(frame.top, bottom)] if share == 0.5 else [(top + 22, top + 38) for top in tops]
+        style = "reference" if share == 0.5 else "tick"
+        parts += [element("line", x1=x, x2=x, y1=upper, y2=lower, class_=style) for upper, lower in spans]
         parts.append(element("text", f"{share:.0%}", x=x, y=bottom + 20, text_anchor="middle"))
     parts.append(element("text", "\u2190 worse", x=frame.x(0.5) - 10, y=bottom + 44, text_anchor="end"))
     parts.append(element("text", "better \u2192", x=frame.x(0.5) + 10, y=bottom + 44))
-    for index, row in enumerate(rows):
-        parts.append(_forest_row(row, frame, 14 + 52.0 * index))
+    parts += [_forest_row(row, frame, top) for row, top in zip(rows, tops, strict=True)]
     return _drawing(title, "; ".join(_forest_title(row) for row in rows), bottom + 52, *parts)
 
 
@@ -264,7 +272,6 @@ def _forest_row(row: ForestRow, frame: _Frame, top: float) -> Html:
     name = row.label if len(row.label) <= 24 else row.label[:23] + "\u2026"
     return join(
         [
-            element("rect", x=0, y=top, width=WIDTH, height=21, class_="plate"),
             element("text", name, x=2, y=top + 15, class_="strong"),
             element(
                 "text",
