@@ -163,11 +163,13 @@ def _draw_adjacency(draw: np.random.RandomState) -> tuple[np.ndarray, int]:
 
 
 def _draw_walk(draw: np.random.RandomState, adjacency: np.ndarray) -> str:
-    nodes = [0]
-    while nodes[0] == 0:
-        nodes = [draw.randint(len(ALPHABET))]
-    while nodes[-1] != 0 and len(nodes) < MAX_NODES:
-        nodes.append(int(draw.choice(np.flatnonzero(adjacency[nodes[-1]]))))
+    node = 0
+    while node == 0:
+        node = int(draw.randint(len(ALPHABET)))
+    nodes = [node]
+    while node != 0 and len(nodes) < MAX_NODES:
+        node = int(draw.choice(np.flatnonzero(adjacency[node])))
+        nodes.append(node)
     return "".join(ALPHABET[node] for node in nodes)
 
 
@@ -181,5 +183,5 @@ def _nodes_to_goal(adjacency: np.ndarray) -> np.ndarray:
         for before in np.flatnonzero(adjacency[:, node]):
             if distance[before] > len(adjacency):
                 distance[before] = distance[node] + 1
-                queue.append(before)
+                queue.append(int(before))
     return distance
