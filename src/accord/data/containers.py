@@ -97,9 +97,10 @@ def open_container(path: Path) -> Container:
 
 def _open(path: Path) -> BinaryIO:
     raw = path.open("rb")
-    if raw.peek(2)[:2] == b"\x1f\x8b":
-        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
-    return raw
+    if raw.peek(2)[:2] != b"\x1f\x8b":
+        return raw
+    raw.close()  # GzipFile closes only what it opened itself
+    return gzip.GzipFile(path)  # type: ignore[return-value]
 
 
 class _refusing_damage:

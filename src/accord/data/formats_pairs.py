@@ -111,20 +111,21 @@ def _two_answers(row: Row, first: str, second: str) -> tuple[tuple[Message, ...]
     """(prompt, first, second). Whole dialogues share an implicit prompt: their longest common beginning."""
     left = turns_or_text(row.get(first), first, "assistant", row.left_out)
     right = turns_or_text(row.get(second), second, "assistant", row.left_out)
-    prompt_name = row.name(*PROMPT_FIELDS)
     if left[0].role == "assistant" or right[0].role == "assistant":
         return prompt_of(row), left, right
     common = 0
     while common < min(len(left), len(right)) and left[common] == right[common]:
         common += 1
-    # The answers begin with an assistant turn; a shared first answer belongs to the prompt only if a user turn follows.
-    while common and left[common - 1].role == "assistant" and common in (len(left), len(right)):
-        common -= 1
+    if common and left[common - 1].role == "assistant" and common in (len(left), len(right)):
+        common -= 1  # one dialogue is the beginning of the other: what it ends with is still its answer
     prompt = left[:common]
-    explicit = row.get(prompt_name)
-    if isinstance(explicit, str) and all(message.content != explicit for message in prompt):
-        found = f"a {prompt_name} that {first} does not start with"
-        raise UnusableRow(prompt_name, found, "the prompt that the messages begin with", "Delete one of the two.")
+    for name, rest in ((first, left[common:]), (second, right[common:])):
+        if rest and rest[0].role != "assistant":
+            found = f"dialogues that differ at turn {common + 1}, by {rest[0].role}"
+            raise UnusableRow(name, found, "the same turns up to the answer", "Delete the row.")
+    if row.has(*PROMPT_FIELDS) and prompt_of(row)[-1].content not in [message.content for message in prompt]:
+        field = row.name(*PROMPT_FIELDS)
+        raise UnusableRow(field, "another prompt than in the messages", "one prompt", "Delete one of the two.")
     return prompt, left[common:], right[common:]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from accord.data.problems import UnusableRow
+from accord.data.problems import UnusableRow, plain
 from accord.errors import DataError
 
 __all__ = ["JsonReader", "json_values"]
@@ -41,7 +41,11 @@ class JsonReader:
         value, end = self._decoder.raw_decode(text, start)
         if self._repeated is None:
             return value, end, None
-        return None, end, UnusableRow(self._repeated, "the field twice", "once", "Delete or rename one of the two.")
+        return (
+            None,
+            end,
+            UnusableRow(plain(self._repeated), "the field twice", "once", "Delete or rename one of the two."),
+        )
 
     def parse(self, line: bytes) -> object:
         """One line that holds exactly one JSON value. Raises UnusableRow."""

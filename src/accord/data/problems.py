@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from accord.records import Origin
 
-__all__ = ["Problem", "UnusableRow", "describe"]
+__all__ = ["Problem", "UnusableRow", "describe", "plain"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +39,22 @@ class UnusableRow(Exception):
 
 
 def describe(value: object) -> str:
-    """A value in a few words, safe to print: ASCII-escaped so that control characters cannot move the cursor."""
+    """A value in a few words, safe to print: control characters cannot reach the terminal."""
     if value is None:
         return "nothing"
     if isinstance(value, str):
         if not value.strip():
             return "empty text" if not value else "only white space"
-        return "the text " + json.dumps(
-            value if len(value) <= 60 else value[:60] + "...", ensure_ascii=not _printable(value)
-        )
+        shown = value if len(value) <= 60 else value[:60] + "..."
+        return "the text " + json.dumps(shown, ensure_ascii=not shown.replace("\n", "").isprintable())
     if isinstance(value, list):
         return f"a list of {len(value)}"
     if isinstance(value, dict):
-        return "an object with " + (", ".join(map(str, list(value)[:6])) or "no fields")
+        return "an object with " + (", ".join(plain(str(key)) for key in list(value)[:6]) or "no fields")
     return repr(value)[:60]
 
 
-def _printable(text: str) -> bool:
-    return all(char.isprintable() or char in "\n\t" for char in text[:60])
+def plain(name: str) -> str:
+    """A name out of a file in a form that is safe to print on a terminal."""
+    shown = name if len(name) <= 60 else name[:60] + "..."
+    return shown if shown.isprintable() else json.dumps(shown)[1:-1]

@@ -16,7 +16,7 @@ from pathlib import Path
 from accord.data.containers import Container, RawRow, open_container, parts_of
 from accord.data.fields import Row
 from accord.data.formats import FORMATS, MAPPABLE, Format, detect_format, format_named
-from accord.data.problems import Problem, UnusableRow, describe
+from accord.data.problems import Problem, UnusableRow, describe, plain
 from accord.errors import DataError
 from accord.records import Group
 
@@ -166,7 +166,7 @@ class Scan:
 
     def notes(self) -> tuple[str, ...]:
         """What the file held that is not used, and oddities of the file itself."""
-        columns = [name.removeprefix("column ") for name in self._left_out if name.startswith("column ")]
+        columns = [plain(name.removeprefix("column ")) for name in self._left_out if name.startswith("column ")]
         counted = [
             f"{name.strip('()')}: {count} rows" if name.startswith("(") else f"{count} {name} not used"
             for name, count in self._left_out.items()
@@ -253,7 +253,7 @@ def _detect(container: Container, mapping: Mapping[str, str]) -> Format:
 
 
 def _columns(sample: list[object]) -> str:
-    names = list(dict.fromkeys(str(key) for value in sample if isinstance(value, Mapping) for key in value))
+    names = list(dict.fromkeys(plain(str(key)) for value in sample if isinstance(value, Mapping) for key in value))
     return f"The columns are: {', '.join(names[:20])}." if names else ""
 
 

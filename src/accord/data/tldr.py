@@ -6,6 +6,7 @@ Source: Stiennon et al. 2020, arXiv:2009.01325; the same in Huang et al. 2024, a
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable
 
 __all__ = ["fit_tldr_prompt", "tldr_prompt"]
@@ -28,7 +29,7 @@ def fit_tldr_prompt(prompt: str, fits: Callable[[str], bool]) -> str:
     if match is None:
         return prompt
     head, post, tail = match.groups()
-    while post and not fits(head + post + tail):
-        line = post.rfind("\n")
-        post = post[:line] if line >= 0 else post[:-1]
-    return head + post + tail
+    while "\n" in post and not fits(head + post + tail):
+        post = post[: post.rfind("\n")]
+    too_long = bisect_left(range(len(post) + 1), True, key=lambda kept: not fits(head + post[:kept] + tail))
+    return head + post[: max(too_long - 1, 0)] + tail
