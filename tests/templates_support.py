@@ -13,6 +13,7 @@ from accord.models.scratch_tokenizer import train_tokenizer
 TEXTS = [
     "the answer is a question of the right words, and the question is what the answer is\n\n",
     "one two three",
+    "user assistant system",
 ] * 30
 
 CHATML = (

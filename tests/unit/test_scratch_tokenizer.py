@@ -46,7 +46,7 @@ def test_the_smallest_vocabulary_has_one_token_a_byte() -> None:
 
 
 def test_a_vocabulary_without_room_for_the_bytes_is_refused() -> None:
-    with pytest.raises(ConfigError, match="vocab_size is 260, .* Set it to 261 or more"):
+    with pytest.raises(ConfigError, match=r"vocab_size is 260, .* Set it to 261 or more"):
         train_tokenizer(TEXTS, vocab_size=260)
 
 

@@ -7,11 +7,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import templates_support as support
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+import templates_support as support
 from accord.data.templates import Template
 from accord.errors import ConfigError, DataError
 from accord.models.scratch_tokenizer import SCRATCH_TEMPLATE, train_tokenizer
@@ -316,7 +316,7 @@ def test_half_a_character_is_one_clear_error() -> None:
 
 
 def test_templates_that_cannot_work_are_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="asks for one with .*<think>"):
+    with pytest.raises(ConfigError, match=r"asks for one with .*<think>"):
         Template.of(support.byte_tokenizer(support.FORCED_THOUGHT))
     (tmp_path / "broken.jinja").write_text("{% for m in messages %}")
     with pytest.raises(ConfigError, match=r"broken\.jinja .*must render a user turn"):
