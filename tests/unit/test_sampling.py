@@ -40,15 +40,16 @@ def test_a_token_of_probability_zero_is_never_chosen(u: float) -> None:
 
 
 def test_a_large_vocabulary_does_not_blur_the_cumulative_sum() -> None:
-    """Token 0 has weight 1 and 50,000 tokens have w = e^-17 = 4e-8: u = (1 + 40000.5 w) / (1 + 50000 w) is token 40001's.
-    In float32 numbers just above 1 are 12e-8 apart, so tokens would share a place and most could never be drawn."""
+    """Token 0 has weight 1 and 50,000 tokens have w = e^-17 = 4e-8: u = (1 + (k - 1/2) w) / (1 + 50000 w) is token k's.
+    Just above 1, float32 numbers are 12e-8 apart: tokens would share a place, and most could never be drawn."""
     w = math.exp(-17)
     logits = torch.full((1, 50_001), -17.0)
     logits[:, 0] = 0.0
-    u = (1 + 40_000.5 * w) / (1 + 50_000 * w)
-    ids, logprobs = choose(logits, torch.tensor([u], dtype=torch.float64), Sampling(1))
-    assert ids.item() == 40_001
-    assert logprobs.item() == pytest.approx(-17 - math.log(1 + 50_000 * w), abs=1e-5)
+    tokens = torch.arange(40_000, 40_006)
+    uniforms = (1 + (tokens.double() - 0.5) * w) / (1 + 50_000 * w)
+    ids, logprobs = choose(logits.expand(6, -1), uniforms, Sampling(1))
+    assert ids.tolist() == tokens.tolist()
+    assert logprobs.tolist() == pytest.approx([-17 - math.log(1 + 50_000 * w)] * 6, abs=1e-5)
 
 
 def test_the_logprob_is_under_the_tempered_distribution() -> None:
