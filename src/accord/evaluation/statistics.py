@@ -56,22 +56,23 @@ def cluster_interval(values: ArrayLike, clusters: Sequence[int]) -> Interval:
 def win_rate(wins: ArrayLike, clusters: Sequence[int]) -> Interval:
     """Mean of wins (1), ties (0.5) and losses (0), with a cluster-robust interval that stays inside [0, 1].
 
-    The interval is that of `cluster_interval` after adding two prompts of average size that were won and two that were
-    lost, then cut to [0, 1]; `value` is the plain mean. The four make it honest near the ends: 300 wins of 300 give a
-    lower end of 0.984 and not 1, and 300 ties still leave room for a rare win. They need no knowledge of the share of
-    ties or of the correlation within a prompt, and one prompt alone has an interval: everything.
+    The interval is that of `cluster_interval` after adding one prompt of average size that was won and one that was
+    lost, then cut to [0, 1]; `value` is the plain mean. The two make it honest near the ends: 300 wins of 300 give a
+    lower end of 0.990 and not 1, and 300 ties still leave room for a rare win. They need no knowledge of the share of
+    ties or of the correlation within a prompt, and one prompt alone has an interval: everything. For independent wins
+    the exact coverage is at least 93% at every true share, above 95% on average, and highest for few prompts.
 
     wins, clusters: (N,) each, as for `cluster_interval`. Any share of [0, 1] may stand for a value.
     Raises: DataError without values; ValueError on lengths that differ or values outside [0, 1].
-    Source: Agresti and Coull 1998, The American Statistician 52(2), "add two successes and two failures". Departures:
-        pseudo-prompts instead of pseudo-trials, t instead of normal quantiles.
+    Source: the idea of Agresti and Coull 1998, The American Statistician 52(2), to add successes and failures.
+        Departures: prompts instead of trials are added, one of each; t instead of normal quantiles.
     Tested by: tests/property/test_statistics.py (coverage by simulation)
     """
     sums, sizes = _cluster_sums(wins, clusters)
     if np.min(wins) < 0 or np.max(wins) > 1:
         raise ValueError(f"wins must lie in [0, 1], found {np.min(wins)} to {np.max(wins)}")
     size = sizes.mean()
-    adjusted = _ratio_interval(np.append(sums, [size, size, 0.0, 0.0]), np.append(sizes, [size] * 4))
+    adjusted = _ratio_interval(np.append(sums, [size, 0.0]), np.append(sizes, [size, size]))
     return Interval(float(sums.sum() / sizes.sum()), max(adjusted.low, 0.0), min(adjusted.high, 1.0), len(sums))
 
 
