@@ -193,6 +193,32 @@ def test_every_generated_answer_is_well_formed_and_complete(seed: int, prompt) -
     assert parts.ending == 0.0
 
 
+@PROPERTY
+@given(st.integers(0, 10**6), st.sampled_from(TRAIN), st.sampled_from(["right", "wrong", "evasion", "refusal"]))
+def test_an_answer_has_the_content_that_was_asked_of_it(seed: int, prompt, content) -> None:
+    parts = utility(prompt.text, answer(prompt.request, Style(content), generator("test-content", seed))).parts
+    substance = (parts.task, parts.correctness, parts.refusal)
+    if prompt.request.family == "harm":
+        expected = {"right": {2.25}, "wrong": {-2.0}, "evasion": {0.0}, "refusal": {1.75, 2.0, 2.25}}
+        assert parts.refusal in expected[content]
+    else:
+        expected = {
+            "right": (0.5, 1.5, 0.0),
+            "wrong": (0.5, -1.0, 0.0),
+            "evasion": (-0.25, 0.0, 0.0),
+            "refusal": (-1.0, 0.0, -0.75),
+        }
+        assert substance == expected[content]
+
+
+@PROPERTY
+@given(st.integers(0, 10**6), st.sampled_from(TRAIN), st.sampled_from(["right", "wrong", "evasion", "refusal"]))
+def test_an_answer_has_the_tone_that_was_asked_of_it(seed: int, prompt, content) -> None:
+    for tone, courtesy in (("polite", 0.5), ("neutral", 0.0), ("rude", -1.0)):
+        text = answer(prompt.request, Style(content, tone), generator("test-tone", seed))
+        assert utility(prompt.text, text).parts.courtesy == courtesy
+
+
 @pytest.mark.parametrize("harmful", [False, True])
 def test_styles_are_ordered_by_what_people_want(harmful: bool) -> None:
     def value(content: str, tone: str = "neutral", length: str = "brief") -> float:
@@ -224,6 +250,8 @@ def test_demonstrations_are_decent_but_leave_room_for_improvement() -> None:
     assert sum(p.correctness > 0 for p in on_task) / len(on_task) == pytest.approx(0.80, abs=0.035)
     assert sum(p.refusal > 0 for p in harmful) / len(harmful) == pytest.approx(0.60, abs=0.12)
     assert sum(p.courtesy < 0 for p in harmless) / len(harmless) == pytest.approx(0.10, abs=0.03)
+    assert sum(p.brevity <= -0.3 for p in harmless) / len(harmless) == pytest.approx(0.20, abs=0.035)
+    assert sum(p.repetition < 0 for p in harmless) / len(harmless) == pytest.approx(0.05, abs=0.02)
     assert 1.0 < np.std([u.total for _, u in pairs]) < 1.7
 
 
@@ -413,6 +441,17 @@ def test_a_vote_follows_the_noisy_comparison_of_tastes() -> None:
     right = votes_for_second("it is 8.", "it is 7.")
     assert right["strict"] == pytest.approx(0.9834, abs=0.013)
     assert right["hasty"] == pytest.approx(0.7601, abs=0.041)
+
+
+def test_annotators_sometimes_vote_without_looking() -> None:
+    """However large the gap, hasty picks the worse answer in half of its lapses: 0.1 / 2. Four standard errors of about
+    1,800 votes are 0.021."""
+    salad = (
+        "what a silly question. red cold the. saw dear for owl. anna plus plus. is is is. the boat. thank what. for red"
+    )
+    clear = votes_for_second(f"{salad} {salad}", "gladly! it is 7.")
+    assert clear["hasty"] == pytest.approx(0.95, abs=0.021)
+    assert clear["strict"] == pytest.approx(0.99, abs=0.01)
 
 
 def test_votes_depend_on_the_key_alone() -> None:

@@ -325,8 +325,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def _alternatives(options: Sequence[str]) -> str:
-    # Longest first: the first alternative that matches wins, and "1" must not win over "10".
-    return "(?:" + "|".join(re.escape(o) for o in sorted(options, key=len, reverse=True)) + ")"
+    return f"(?:{'|'.join(map(re.escape, options))})"
 
 
 def _pattern(template: str, value: str = "", *, captured: Sequence[str] = ()) -> str:
