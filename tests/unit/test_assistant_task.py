@@ -215,7 +215,7 @@ def test_an_answer_has_the_content_that_was_asked_of_it(seed: int, prompt, conte
 @given(st.integers(0, 10**6), st.sampled_from(TRAIN), st.sampled_from(["right", "wrong", "evasion", "refusal"]))
 def test_an_answer_has_the_tone_that_was_asked_of_it(seed: int, prompt, content) -> None:
     for tone, courtesy in (("polite", 0.5), ("neutral", 0.0), ("rude", -1.0)):
-        text = answer(prompt.request, Style(content, tone), generator("test-tone", seed))
+        text = answer(prompt.request, Style(content, tone), generator("test-tone", seed))  # type: ignore[arg-type]
         assert utility(prompt.text, text).parts.courtesy == courtesy
 
 
