@@ -97,12 +97,12 @@ def load_policy(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tupl
     The tokenizer comes with a padding token other than its end token: were they one, plain transformers would score a
     finished answer as if its end were missing.
     """
-    return _load(AutoModelForCausalLM, path, dtype, {})
+    return _load(AutoModelForCausalLM, path, dtype)
 
 
 def load_reward_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """(sequence classification model with one output, tokenizer), as `load_policy`."""
-    model, tokenizer = _load(AutoModelForSequenceClassification, path, dtype, {})
+    model, tokenizer = _load(AutoModelForSequenceClassification, path, dtype)
     scalar_head(model)
     return model, tokenizer
 
@@ -139,25 +139,22 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path) -> Path:
 
     Everything is written beside the folder, flushed to the disk, and renamed into place.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    for file in partial.iterdir():
+    for file in (*partial.rglob("*"), partial):
         _flush(file)
-    _flush(partial)
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
-        replaced = folder.with_name(f".{folder.name}.replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
         folder.rename(replaced)
-        partial.rename(folder)
-        shutil.rmtree(replaced)
-    else:
-        partial.rename(folder)
+    partial.rename(folder)
     _flush(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
     return folder
 
 
@@ -169,10 +166,10 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _load(kind: Any, path: str | Path, dtype: torch.dtype, overrides: dict[str, Any]) -> tuple[Any, Any]:
+def _load(kind: Any, path: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
     _check_folder(path)
     try:
-        config = AutoConfig.from_pretrained(path, **overrides)
+        config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
         _without_dropout(config)
         _choose_padding(tokenizer)
@@ -186,12 +183,14 @@ def _load(kind: Any, path: str | Path, dtype: torch.dtype, overrides: dict[str, 
             "*.safetensors and a tokenizer, or the name of a model on the Hugging Face hub that is already downloaded "
             "or can be reached"
         ) from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+    missing = sorted(report["missing_keys"])
+    if missing:
         raise ConfigError(
             f"{path} lacks {len(missing)} of the weights of {type(model).__name__}, such as {missing[0]!r}: "
-            "it holds another kind of model"
+            f"it holds {config.architectures}; name a model of the kind this setting expects"
         )
+    if "score.weight" in report["unexpected_keys"]:
+        raise ConfigError(f"{path} holds a reward model, {config.architectures}; expected a language model")
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise ConfigError(
@@ -221,7 +220,7 @@ def _first_sentence(error: Exception) -> str:
 
 
 def _without_dropout(config: Any) -> None:
-    """Sets every dropout rate of a configuration to 0: the names differ, but all hold `drop` or end in it."""
+    """Sets every dropout rate of a configuration to 0; their names differ, but `drop` is in all of them."""
     for name, value in vars(config).items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)

@@ -54,9 +54,9 @@ def check_layouts(
         difference = float((ours - _own_logprobs(model, groups, ours)).abs().max())
         if not difference <= tolerance:
             raise ConfigError(
-                f"{type(model).__name__} ({model.config.model_type}) computes its logits in a way Accord does "
-                f"not know: log-probabilities differ by {difference:.2g} nats from the model's own, expected at most "
-                f"{tolerance:g}; use another architecture (llama, qwen, mistral, gemma, phi, olmo, gpt2, ...)"
+                f"{type(model).__name__} ({model.config.model_type}) works in a way Accord does not know: the "
+                f"log-probabilities Accord computes differ by {difference:.2g} nats from the model's own, expected at "
+                f"most {tolerance:g}; use another architecture (llama, qwen, mistral, gemma, phi, olmo, gpt2, ...)"
             )
         reason = _reason_for_plain(model, max(plain.longest, max_tokens or 0))
         if reason:
@@ -96,6 +96,8 @@ def _reason_for_plain(model: Any, longest: int) -> str:
     window = attention_window(config)
     if window is not None and longest > window:
         return f"sequences of up to {longest} tokens exceed the attention window of {window}"
+    if "local" in getattr(config, "attention_layers", ()):
+        return f"{name} counts its attention window in row places; completions stand apart from their prompt"
     if getattr(model, "_is_stateful", False) or not set(getattr(config, "layer_types", None) or ()) <= _PLAIN_ATTENTION:
         return f"{name} has recurrent layers, which read a row from left to right whatever the mask"
     if any("expert" in key and value for key, value in config.to_dict().items()):

@@ -106,9 +106,9 @@ def attention_window(config: Any) -> int | None:
 def _hidden_states(model: Any, batch: CompletionBatch) -> Tensor:
     """(R, L, H) from the trunk."""
     if batch.attention_mask.dim() == 2:
-        # Under a causal mask no token sees the padding to its right. Without a mask the fast causal kernel runs, and
-        # the model counts positions by itself.
-        inputs: dict[str, Any] = {}
+        # Under a causal mask no token sees the padding to its right, so padding may pass for real: only then does the
+        # fast causal kernel run. The model counts positions by itself.
+        inputs = {"attention_mask": torch.ones_like(batch.input_ids)}
     else:
         window = attention_window(model.config)
         if window is not None and batch.longest > window:
@@ -117,6 +117,11 @@ def _hidden_states(model: Any, batch: CompletionBatch) -> Tensor:
                 f"of {window}: the shared layout's mask would replace the window; use the plain layout"
             )
         inputs = {"position_ids": batch.position_ids, "attention_mask": _as_model_mask(model, batch.attention_mask)}
+    if model.base_model is model:
+        raise ConfigError(
+            f"{type(model).__name__} does not tell its trunk from its head, so token scores cannot be computed; "
+            "use another architecture (llama, qwen, mistral, gemma, phi, olmo, gpt2, ...)"
+        )
     return model.base_model(input_ids=batch.input_ids, use_cache=False, **inputs).last_hidden_state
 
 
