@@ -16,7 +16,7 @@ from accord.config.check import contradictions
 from accord.config.sections import Recipe
 from accord.errors import ConfigError
 
-__all__ = ["load_recipe", "parse_override", "recipe_from"]
+__all__ = ["load_recipe", "parse_override", "recipe_from", "section_in"]
 
 # What people's fingers know from other tools, and our name for it.
 FOREIGN_NAMES = {
@@ -196,7 +196,7 @@ def _suggestion(loc: tuple[int | str, ...]) -> str:
     if near:
         return f"; did you mean `{prefix}{near[0]}`?"
     for top, field in Recipe.model_fields.items():
-        inner = _model_in(field.annotation)
+        inner = section_in(field.annotation)
         if inner is not None and (name in inner.model_fields or ours in inner.model_fields):
             return f"; did you mean `{top}.{name if name in inner.model_fields else ours}`?"
     return f"; known here: {', '.join(fields)}"
@@ -208,16 +208,16 @@ def _section_at(loc: tuple[int | str, ...]) -> type[BaseModel] | None:
         if isinstance(part, int):
             continue
         field = section.model_fields.get(str(part)) if section else None
-        section = _model_in(field.annotation) if field else None
+        section = section_in(field.annotation) if field else None
     return section
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
+def section_in(annotation: Any) -> type[BaseModel] | None:
     """The pydantic model inside `X | None`, `tuple[X, ...]` or `Annotated[X, ...]`."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
         return annotation
     for inner in typing.get_args(annotation):
-        found = _model_in(inner)
+        found = section_in(inner)
         if found is not None:
             return found
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -11,14 +12,15 @@ import torch
 
 from accord.data.order import micro_batches
 from accord.data.templates import Template
+from accord.data.tokenise import tokenise_groups
 from accord.errors import ConfigError, RewardError
 from accord.models.layout import collate
 from accord.models.token_scores import score_completions
-from accord.records import Completion, Message, Score, ScoreRequest, TokenGroup
+from accord.records import Completion, Group, Message, Score, ScoreRequest
 
 __all__ = ["FunctionScorer", "ModelScorer", "RewardFunction", "Scorer", "load_function", "values_of"]
 
-RewardFunction = Callable[[Any, str], float]
+RewardFunction = Callable[..., float]
 
 
 class Scorer(Protocol):
@@ -33,58 +35,63 @@ class ModelScorer:
     """A reward model with its own tokenizer and template.
 
     The answer is rendered as a finished assistant turn, so the head reads the end-of-turn token it was trained on; whether
-    the policy really finished is the missing-EOS penalty's business. Answers too long for the model are errors.
+    the policy really finished is the missing-EOS penalty's business. Prompts that are too long lose their oldest part, as
+    when the reward model was trained; answers that do not fit are errors.
     """
 
-    def __init__(self, model: Any, template: Template, *, micro_batch_tokens: int, max_tokens: int, name: str) -> None:
+    def __init__(
+        self,
+        model: Any,
+        template: Template,
+        *,
+        micro_batch_tokens: int,
+        max_tokens: int,
+        max_prompt_tokens: int | None,
+        name: str,
+    ) -> None:
         self.name = name
         self._model, self._template = model, template
-        self._micro_batch_tokens, self._max_tokens = micro_batch_tokens, max_tokens
+        self._micro_batch_tokens = micro_batch_tokens
+        self._limits: dict[str, Any] = {"max_tokens": max_tokens, "max_prompt_tokens": max_prompt_tokens}
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
-        results: list[Score | None] = [None] * len(requests)
-        rows: list[tuple[int, TokenGroup]] = []
-        for index, request in enumerate(requests):
-            group = self._tokens(request)
-            if group.num_tokens > self._max_tokens:
-                results[index] = Score(None, f"{group.num_tokens} tokens do not fit the reward model's {self._max_tokens}")
-            else:
-                rows.append((index, group))
-        passes = micro_batches(rows, lambda r: r[1].num_tokens, lambda _: 1, self._micro_batch_tokens)
-        for rows_of_pass in passes:
-            batch = collate([g for _, g in rows_of_pass], layout="plain", pad_id=self._template.pad_id)
+        groups = [Group(r.prompt, (Completion((Message("assistant", r.completion),)),)) for r in requests]
+        tokenised = tokenise_groups(groups, self._template, loss_on="assistant", **self._limits)
+        errors = {dropped.index: dropped.reason for dropped in tokenised.dropped}
+        places = (index for index in range(len(requests)) if index not in errors)
+        rows = list(zip(places, tokenised.groups, strict=True))
+        results = [Score(None, errors.get(index)) for index in range(len(requests))]
+        for rows_of_pass in micro_batches(rows, lambda row: row[1].num_tokens, lambda _: 1, self._micro_batch_tokens):
+            pad_id = self._template.tokenizer.pad_token_id
+            batch = collate([group for _, group in rows_of_pass], layout="plain", pad_id=pad_id)
             with torch.no_grad():
                 scores = score_completions(self._model, batch).tolist()
             for (index, _), value in zip(rows_of_pass, scores, strict=True):
-                results[index] = Score(value) if math.isfinite(value) else Score(None, f"the reward model returned {value}")
-        return [r for r in results if r is not None]
-
-    def _tokens(self, request: ScoreRequest) -> TokenGroup:
-        answer = Completion((Message("assistant", request.completion),))
-        return TokenGroup(
-            self._template.prompt_ids(request.prompt),
-            (self._template.completion(request.prompt, answer.messages),),
-            request.prompt_id,
-        )
+                results[index] = (
+                    Score(value) if math.isfinite(value) else Score(None, f"the reward model returned {value}")
+                )
+        return results
 
 
 class FunctionScorer:
     """A Python function f(prompt, completion) -> float.
 
-    `prompt` is the text of a single-message prompt, or a list of {"role", "content"} for longer ones.
+    `prompt` is the text of a single-message prompt, or a list of {"role", "content"} for longer ones. A function with a
+    parameter `finished` is also told whether the answer ended by itself (False: it was cut by the length limit).
     """
 
     def __init__(self, function: RewardFunction, name: str) -> None:
         self.name = name
         self._function = function
+        self._wants_finished = "finished" in inspect.signature(function).parameters
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         return [self._one(request) for request in requests]
 
     def _one(self, request: ScoreRequest) -> Score:
-        prompt = _plain(request.prompt)
+        extra = {"finished": request.finished} if self._wants_finished else {}
         try:
-            value = float(self._function(prompt, request.completion))
+            value = float(self._function(_plain(request.prompt), request.completion, **extra))
         except Exception as error:  # the user's code may raise anything: it becomes a counted, named failure
             return Score(None, f"{type(error).__name__}: {error}")
         return Score(value) if math.isfinite(value) else Score(None, f"returned {value}")

@@ -14,8 +14,10 @@ import fcntl
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -49,7 +51,7 @@ class RunFolder:
         self.path = path
         self.notes = notes
         self._lock = lock
-        self._logs: dict[str, IO[bytes]] = {}
+        self._logs: dict[str, FileIO] = {}
 
     @classmethod
     def open(cls, path: Path, *, resolved_config: Mapping[str, Any], fingerprints: Mapping[str, str]) -> RunFolder:
@@ -96,9 +98,9 @@ class RunFolder:
         `step` is that of the checkpoint training continues from, 0 when it starts from scratch. Opens the logs.
         """
         for name in (METRICS, SAMPLES):
-            file = open(self.path / name, "a+b")
-            file.truncate(_length_up_to(file, step))
-            self._logs[name] = file
+            # Unbuffered: a line is with the system when `append` returns, and a full disk shows there, not on closing.
+            file = self._logs[name] = open(self.path / name, "ab", buffering=0)
+            file.truncate(_length_up_to(self.path / name, step))
         self.sync()
         sync(self.path)
 
@@ -112,8 +114,9 @@ class RunFolder:
 
     def sync(self) -> None:
         """Make the logs durable. Call before saving a checkpoint: a log may be ahead of it, never behind."""
-        for file in self._logs.values():
-            os.fsync(file.fileno())
+        for name, file in self._logs.items():
+            with _explained(self.path / name):
+                os.fsync(file.fileno())
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json: everything else is done and durable, and the run counts as finished."""
@@ -122,13 +125,10 @@ class RunFolder:
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         # ASCII: completions can hold characters that some readers take for line ends, and halves of surrogate pairs.
-        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-        file = self._logs[name]
-        try:
-            file.write(text.encode("ascii"))
-            file.flush()
-        except OSError as error:
-            raise TrainingError(f"cannot write {self.path / name}: {error.strerror}") from error
+        left = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode("ascii")
+        with _explained(self.path / name):
+            while left:
+                left = left[self._logs[name].write(left) :]
 
 
 def _take_lock(path: Path) -> IO[str]:
@@ -213,15 +213,25 @@ def _require_same_run(path: Path, old: dict[str, Any], new: dict[str, Any]) -> N
     )
 
 
-def _length_up_to(file: IO[bytes], step: int) -> int:
-    """Bytes in the whole, readable lines at the start of `file` that belong to steps up to `step`."""
+def _length_up_to(path: Path, step: int) -> int:
+    """Bytes in the whole, readable lines at the start of a log that belong to steps up to `step`."""
     length = 0
-    file.seek(0)
-    for line in file:
-        try:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+            except (ValueError, KeyError, TypeError):
                 break
-        except (ValueError, KeyError, TypeError):
-            break
-        length += len(line)
+            length += len(line)
     return length
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"cannot write {path}: {error.strerror}. Make room or mend the disk, then run the same command again."
+        ) from error

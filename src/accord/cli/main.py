@@ -1,0 +1,71 @@
+"""The `accord` command: parse, call the public functions, print; errors in one sentence with their exit code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from accord import __version__
+from accord.cli import benchmark, data, quickstart, stages
+from accord.errors import AccordError
+
+__all__ = ["main"]
+
+EPILOG = """\
+first steps:
+  accord quickstart                          the whole loop on a tiny model, in minutes
+  accord data check feedback.jsonl           is my file usable, and as what?
+  accord run recipe.yaml --dry-run           what would happen, without doing it
+  accord run recipe.yaml                     SFT, reward model, PPO, evaluation; run again to continue
+  accord ppo recipe.yaml --set ppo.kl_coef=0.1
+
+exit codes: 0 done; 1 the program failed; 2 the input is wrong (the message says what to mend); 143 stopped after saving
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="accord",
+        description="Align language models with human feedback, end to end, and show that they got better.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"accord {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    quickstart.add_parser(commands)
+    data.add_parser(commands)
+    stages.add_parsers(commands)
+    benchmark.add_parser(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    args = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _terminate)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return args.run(args)
+    except AccordError as error:
+        print(f"accord: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("accord: interrupted; run the same command again to continue", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (such as `head`) has gone; closing stdout again at exit must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _terminate(number: int, _frame: FrameType | None) -> None:
+    """SIGTERM outside a training loop: nothing to save, since every file is written whole or not at all."""
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

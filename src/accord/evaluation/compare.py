@@ -1,0 +1,150 @@
+"""Models against each other on the same prompts: completions once, judged pairwise, with intervals over prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from accord.data.order import micro_batches
+from accord.data.templates import Template
+from accord.evaluation.statistics import cluster_interval, paired_difference, win_rate
+from accord.evaluation.text import distinct_n, num_words, repetition, rouge_l
+from accord.losses.kl import kl_k1
+from accord.models.layout import collate
+from accord.models.token_scores import score_tokens
+from accord.records import Group, Interval, SampledCompletion, ScoreRequest, TokenCompletion, TokenGroup
+from accord.rewards.scorers import Scorer, values_of
+from accord.rollout.native import NativeSampler, PromptTokens
+from accord.rollout.sampling import Sampling
+
+__all__ = ["Answers", "Comparison", "Contestant", "answers_of", "compare", "describe", "kl_to", "reference_perplexity"]
+
+
+@dataclass(frozen=True, slots=True)
+class Contestant:
+    """A model under evaluation, by the name it is shown with."""
+
+    name: str
+    model: Any
+    template: Template
+
+    @property
+    def pad_id(self) -> int:
+        return self.template.tokenizer.pad_token_id
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """One completion for each prompt, with what every judge said of it. All tuples are in the prompts' order."""
+
+    name: str
+    tokens: tuple[TokenGroup, ...]
+    sampled: tuple[SampledCompletion, ...]
+    requests: tuple[ScoreRequest, ...]
+    scores: dict[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """`winner` over `base` by one judge: shares of wins and ties, win rate (ties a half) and mean score difference."""
+
+    name: str
+    base: str
+    judge: str
+    wins: float
+    ties: float
+    win_rate: Interval
+    difference: Interval
+
+
+def answers_of(
+    contestant: Contestant,
+    prompts: Sequence[tuple[Group, TokenGroup]],
+    sampling: Sampling,
+    judges: dict[str, Scorer],
+    key: tuple[int | str, ...],
+) -> Answers:
+    """Sample one completion for each prompt and have every judge score it, without knowing who wrote it.
+
+    The key does not hold the contestant's name: equal models give equal answers.
+    """
+    sampler = NativeSampler(contestant.model, pad_id=contestant.pad_id)
+    wanted = [PromptTokens(tokens.prompt_ids, tokens.prompt_id) for _, tokens in prompts]
+    sampled = tuple(samples[0] for samples in sampler.generate(wanted, 1, sampling, key))
+    requests = tuple(
+        ScoreRequest(group.prompt, contestant.template.decode(s.ids), s.finish_reason == "stop", tokens.prompt_id)
+        for (group, tokens), s in zip(prompts, sampled, strict=True)
+    )
+    tokens = tuple(
+        TokenGroup(t.prompt_ids, (TokenCompletion(s.ids, (True,) * len(s.ids)),), t.prompt_id)
+        for (_, t), s in zip(prompts, sampled, strict=True)
+    )
+    scores = {name: tuple(values_of(judge, requests)) for name, judge in judges.items()}
+    return Answers(contestant.name, tokens, sampled, requests, scores)
+
+
+def compare(answers: Answers, base: Answers, judge: str, tie_margin: float) -> Comparison:
+    """Prompt by prompt: who scores higher; differences up to `tie_margin` are ties.
+
+    A judge that scores answers one at a time has no order to be biased by, so one look at each pair is both.
+    """
+    ours, theirs = answers.scores[judge], base.scores[judge]
+    gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
+    outcomes = [0.5 if abs(gap) <= tie_margin else float(gap > 0) for gap in gaps]
+    prompts = [request.prompt_id for request in answers.requests]
+    return Comparison(
+        answers.name,
+        base.name,
+        judge,
+        wins=outcomes.count(1.0) / len(outcomes),
+        ties=outcomes.count(0.5) / len(outcomes),
+        win_rate=win_rate(outcomes, prompts),
+        difference=paired_difference(ours, theirs, prompts),
+    )
+
+
+def describe(answers: Answers, references: Sequence[str | None]) -> dict[str, Interval | float]:
+    """What can be said of one model's answers alone, by metric name."""
+    prompts = [request.prompt_id for request in answers.requests]
+    texts = [request.completion for request in answers.requests]
+    facts: dict[str, Interval | float] = {
+        "eval/completion_tokens/mean": cluster_interval([len(s.ids) for s in answers.sampled], prompts),
+        "eval/completion_words/mean": cluster_interval([num_words(text) for text in texts], prompts),
+        "eval/finished_fraction": win_rate([float(request.finished) for request in answers.requests], prompts),
+        "eval/distinct_2": distinct_n(texts, 2),
+        "eval/repetition": cluster_interval([repetition(text) for text in texts], prompts),
+    }
+    known = [(t, r, p) for t, r, p in zip(texts, references, prompts, strict=True) if r]
+    if known:
+        facts["eval/rouge_l"] = cluster_interval([rouge_l(t, r) for t, r, _ in known], [p for _, _, p in known])
+    return facts
+
+
+def kl_to(reference: Contestant, model: Contestant, answers: Answers, *, temperature: float, budget: int) -> Interval:
+    """KL(model || reference) in nats per answer: the k1 estimator, sum over tokens of log(model / reference), averaged
+    over the model's own samples. Unbiased; single samples may be negative."""
+    totals: dict[int, float] = {}
+    places = list(enumerate(answers.tokens))
+    for rows in micro_batches(places, lambda row: row[1].num_tokens, lambda _: 1, budget):
+        batch = collate([group for _, group in rows], layout="plain", pad_id=model.pad_id)
+        with torch.no_grad():
+            ours = score_tokens(model.model, batch, temperature=temperature).logprobs
+            theirs = score_tokens(reference.model, batch, temperature=temperature).logprobs
+        for (index, _), value in zip(rows, kl_k1(ours, theirs).sum(1).tolist(), strict=True):
+            totals[index] = value
+    prompts = [request.prompt_id for request in answers.requests]
+    return cluster_interval([totals[index] for index in range(len(prompts))], prompts)
+
+
+def reference_perplexity(contestant: Contestant, groups: Sequence[TokenGroup], budget: int) -> tuple[float, float]:
+    """(summed negative log-likelihood in nats, counted tokens) of reference answers under the model."""
+    nll = tokens = 0.0
+    for rows in micro_batches(groups, lambda g: g.num_tokens, lambda _: 1, budget):
+        batch = collate(rows, layout="plain", pad_id=contestant.pad_id)
+        with torch.no_grad():
+            nll -= float(score_tokens(contestant.model, batch, mask="loss").logprobs.sum())
+        tokens += float(batch.completion_mask.sum())
+    return nll, tokens

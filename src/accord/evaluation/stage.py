@@ -1,0 +1,310 @@
+"""The evaluation stage: which models, which prompts, which judges, and the table at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from accord.config import EvaluateConfig
+from accord.data.templates import Template
+from accord.errors import ConfigError
+from accord.evaluation.compare import (
+    Answers,
+    Comparison,
+    Contestant,
+    answers_of,
+    compare,
+    describe,
+    kl_to,
+    reference_perplexity,
+)
+from accord.evaluation.statistics import cluster_interval
+from accord.methods.context import (
+    Context,
+    LoadedPolicy,
+    base_folder,
+    headline,
+    run_stage,
+    stage_model,
+    tokenised,
+    weights_hash,
+)
+from accord.methods.corpus import Part, split_holdout
+from accord.methods.ppo_stage import function_scorer
+from accord.models.load import load_reward_model
+from accord.records import Group, Interval, TokenGroup
+from accord.rewards.scorers import ModelScorer, Scorer
+from accord.rollout.sampling import Sampling
+from accord.training.progress import StageProgress
+from accord.training.runfolder import RunFolder
+
+__all__ = ["run_evaluate"]
+
+POLICY_STAGES = ("base", "sft", "ppo")
+SIDE_BY_SIDE = 12
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Everything resolved before the first completion is sampled."""
+
+    models: dict[str, Path | str]
+    pairs: tuple[tuple[str, str], ...]
+    reference: str | None
+    judges: dict[str, str]
+
+
+def run_evaluate(context: Context) -> dict[str, Any]:
+    """Evaluate (or find finished) the models of this run; returns the summary."""
+    section = context.recipe.evaluate
+    assert section is not None
+    models = _models(context, section)
+    pairs = _pairs(section, tuple(models))
+    gold = function_scorer(context, "evaluate.gold_function", section.gold_function)
+    reward_folder = section.reward_model or stage_model(context, "reward")
+    if gold is None and reward_folder is None:
+        raise ConfigError(
+            "evaluation needs a judge: a `reward` stage in this recipe, `evaluate.reward_model` (a folder) or "
+            "`evaluate.gold_function` (module:function)"
+        )
+    part = context.corpus.evaluation_prompts()
+    groups = part.groups if part else split_holdout(context.corpus.all_prompts().groups, context.recipe.data.holdout)[1]
+    part = part or context.corpus.all_prompts()
+    if len(groups) < 2:
+        raise ConfigError(
+            f"{len(groups)} held-out prompts are too few to evaluate on: raise `data.holdout`, or set `data.evaluation`"
+        )
+
+    def body(run: RunFolder) -> dict[str, Any]:
+        judges: dict[str, Scorer] = {}
+        if gold is not None:
+            judges["gold"] = gold
+        if reward_folder is not None:
+            judges["reward model"] = _reward_judge(context, section, reward_folder)
+        contestants = {name: _contestant(context, name, folder) for name, folder in models.items()}
+        return _evaluate(context, section, list(groups)[: section.prompts], contestants, pairs, judges)
+
+    sources = dict(part.sources)
+    for name, folder in (models | ({"reward model": reward_folder} if reward_folder else {})).items():
+        sources[f"weights of {name}"] = "".join(weights_hash(folder).values())
+    data = context.recipe.data.model_dump(mode="json", include={"holdout", "max_tokens", "max_prompt_tokens"})
+    settings = {"evaluate": section.model_dump(mode="json"), "data": data}
+    return run_stage(context, "evaluate", settings=settings, sources=sources, body=body)
+
+
+def _models(context: Context, section: EvaluateConfig) -> dict[str, Path | str]:
+    """Name -> folder of every model to evaluate, in order."""
+    if not section.models:
+        found: dict[str, Path | str | None] = {"base": base_folder(context)}
+        found |= {stage: stage_model(context, stage) for stage in POLICY_STAGES[1:]}
+        return {name: folder for name, folder in found.items() if folder is not None}
+    models: dict[str, Path | str] = {}
+    for name in section.models:
+        if name == "base":
+            models[name] = base_folder(context)
+        elif name in POLICY_STAGES:
+            folder = stage_model(context, name)
+            if folder is None:
+                raise ConfigError(f"`evaluate.models` names {name!r}, which is no stage of this recipe")
+            models[name] = folder
+        else:
+            models[name] = name
+    return models
+
+
+def _pairs(section: EvaluateConfig, names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    for key, value in (("against", section.against), ("reference", section.reference)):
+        if value is not None and value not in names:
+            raise ConfigError(f"`evaluate.{key}` = {value!r} is not among the models evaluated: {', '.join(names)}")
+    if len(names) < 2:
+        raise ConfigError(f"there is only one model to evaluate ({', '.join(names)}): a comparison needs two")
+    if section.against is not None:
+        return tuple((name, section.against) for name in names if name != section.against)
+    return tuple((names[i], names[i - 1]) for i in range(1, len(names)))
+
+
+def _contestant(context: Context, name: str, folder: Path | str) -> Contestant:
+    policy = LoadedPolicy.from_folder(folder, context.recipe.model.template)
+    return Contestant(name, policy.model, policy.template)
+
+
+def _reward_judge(context: Context, section: EvaluateConfig, folder: Path | str) -> Scorer:
+    model, tokenizer = load_reward_model(folder)
+    data = context.recipe.data
+    return ModelScorer(
+        model,
+        Template.of(tokenizer, "auto"),
+        micro_batch_tokens=section.micro_batch_tokens,
+        max_tokens=data.max_tokens,
+        max_prompt_tokens=data.max_prompt_tokens,
+        name=f"the reward model {folder}",
+    )
+
+
+def _evaluate(
+    context: Context,
+    section: EvaluateConfig,
+    groups: list[Group],
+    contestants: dict[str, Contestant],
+    pairs: tuple[tuple[str, str], ...],
+    judges: dict[str, Scorer],
+) -> dict[str, Any]:
+    answers: dict[str, Answers] = {}
+    prompts: list[tuple[Group, TokenGroup]] = []
+    with StageProgress(context.console, "evaluate", len(contestants)) as progress:
+        for contestant in contestants.values():
+            sampling = Sampling(
+                section.max_new_tokens,
+                section.temperature,
+                section.top_k,
+                section.top_p,
+                stop_ids=contestant.template.stop_ids,
+            )
+            room = context.recipe.data.max_tokens - section.max_new_tokens
+            limit = min(room, context.recipe.data.max_prompt_tokens or room)
+            prompts = tokenised(
+                context, groups, contestant.template, "evaluation prompts", max_tokens=room, max_prompt_tokens=limit
+            )
+            key = ("evaluate", context.seed)
+            answers[contestant.name] = answers_of(contestant, prompts, sampling, judges, key)
+            progress.advance(contestant.name)
+    comparisons = [
+        compare(answers[name], answers[base], judge, section.tie_margin) for name, base in pairs for judge in judges
+    ]
+    references = [group.reference for group, _ in prompts]
+    facts = {name: describe(answer, references) for name, answer in answers.items()}
+    _add_distances(section, contestants, answers, pairs, facts)
+    _add_perplexity(context, section, contestants, groups, facts)
+    _print(context, comparisons, answers, facts, judges)
+    return _summary(comparisons, answers, facts, judges, len(prompts))
+
+
+def _add_distances(
+    section: EvaluateConfig,
+    contestants: dict[str, Contestant],
+    answers: dict[str, Answers],
+    pairs: tuple[tuple[str, str], ...],
+    facts: dict[str, dict[str, Interval | float]],
+) -> None:
+    """KL of each model to the reference, where both write the same vocabulary. Greedy answers have no k1 estimate."""
+    if section.temperature == 0:
+        return
+    for name, base in pairs:
+        reference = contestants[section.reference or base]
+        model = contestants[name]
+        if reference.name != name and reference.template.tokenizer.get_vocab() == model.template.tokenizer.get_vocab():
+            facts[name]["eval/kl_per_sequence_nats"] = kl_to(
+                reference, model, answers[name], temperature=section.temperature, budget=section.micro_batch_tokens
+            )
+
+
+def _add_perplexity(
+    context: Context,
+    section: EvaluateConfig,
+    contestants: dict[str, Contestant],
+    groups: Sequence[Group],
+    facts: dict[str, dict[str, Interval | float]],
+) -> None:
+    """Perplexity of each model on held-out demonstrations, or on the prompts' reference answers."""
+    source = context.corpus.sft if context.corpus.sft.groups else Part()
+    held_out = split_holdout(source.groups, context.recipe.data.holdout)[1] if source.groups else []
+    texts = [g for g in held_out if g.kind == "sft"][: section.prompts]
+    if not texts:
+        return
+    for name, contestant in contestants.items():
+        tokens = [t for _, t in tokenised(context, texts, contestant.template, "held-out texts")]
+        nll, count = reference_perplexity(contestant, tokens, section.micro_batch_tokens)
+        facts[name]["eval/perplexity"] = math.exp(min(700.0, nll / max(1.0, count)))
+
+
+def _print(
+    context: Context,
+    comparisons: list[Comparison],
+    answers: dict[str, Answers],
+    facts: dict[str, dict[str, Interval | float]],
+    judges: dict[str, Scorer],
+) -> None:
+    table = Table("comparison", "judge", "win rate, 95% interval", "wins", "ties", "score difference", "prompts")
+    for c in comparisons:
+        w, d = c.win_rate, c.difference
+        table.add_row(
+            f"{c.name} over {c.base}", c.judge, f"{w.value:.1%}  [{w.low:.1%}, {w.high:.1%}]", f"{c.wins:.1%}",
+            f"{c.ties:.1%}", f"{d.value:+.3f}  [{d.low:+.3f}, {d.high:+.3f}]", str(w.n),
+        )  # fmt: skip
+    context.console.print(table)
+    table = Table("model", *(f"mean {judge}" for judge in judges), "KL to base of comparison", "tokens", "finished")
+    for name, answer in answers.items():
+        kl = facts[name].get("eval/kl_per_sequence_nats")
+        table.add_row(
+            name,
+            *(f"{sum(answer.scores[j]) / len(answer.scores[j]):+.3f}" for j in judges),
+            f"{kl.value:.2f}" if isinstance(kl, Interval) else "",
+            *(_value(facts[name][key]) for key in ("eval/completion_tokens/mean", "eval/finished_fraction")),
+        )
+    context.console.print(table)
+
+
+def _value(fact: Interval | float) -> str:
+    return f"{fact.value if isinstance(fact, Interval) else fact:.3g}"
+
+
+def _summary(
+    comparisons: list[Comparison],
+    answers: dict[str, Answers],
+    facts: dict[str, dict[str, Interval | float]],
+    judges: dict[str, Scorer],
+    count: int,
+) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = []
+    for name, answer in answers.items():
+        prompts = [r.prompt_id for r in answer.requests]
+        for judge in judges:
+            metric = "eval/gold_utility/mean" if judge == "gold" else "eval/score/mean"
+            rows.append(headline(metric, cluster_interval(answer.scores[judge], prompts)) | {"model": name})
+        rows += [headline(metric, value) | {"model": name} for metric, value in facts[name].items()]
+    main = next(iter(judges))
+    account = []
+    for c in (c for c in comparisons if c.judge == main):
+        verdict = (
+            "better" if c.win_rate.low > 0.5 else "worse" if c.win_rate.high < 0.5 else "not distinguishably different"
+        )
+        account.append(
+            f"Judged by {_judge_name(c.judge)} on {count} held-out prompts, {c.name} is {verdict} than {c.base}: it wins "
+            f"{c.wins:.1%}, ties {c.ties:.1%}; win rate {c.win_rate.value:.1%} (95% interval {c.win_rate.low:.1%} to "
+            f"{c.win_rate.high:.1%}, clustered by prompt)."
+        )
+    warnings = []
+    if "gold" not in judges:
+        warnings.append(
+            "The judge is a reward model. If a model was trained against it, its win rate shows what was optimised, not "
+            "that people would agree: have people, or a model trained on other comparisons, judge as well."
+        )
+    gold = "gold" in judges
+    return {
+        "headline": rows,
+        "account": account,
+        "warnings": warnings,
+        "comparisons": [
+            {"name": f"{c.name} over {c.base}", **c.win_rate.as_dict(), "judge": c.judge, "wins": c.wins, "ties": c.ties,
+             "difference": c.difference.as_dict()}
+            for c in comparisons
+        ],
+        "side_by_side": [
+            {
+                "prompt": "\n".join(m.content for m in next(iter(answers.values())).requests[i].prompt),
+                "answers": {name: a.requests[i].completion for name, a in answers.items()},
+                "scores": {n: a.scores["reward model"][i] for n, a in answers.items()} if "reward model" in judges else {},
+                **({"gold": {n: a.scores["gold"][i] for n, a in answers.items()}} if gold else {}),
+            }
+            for i in range(min(count, SIDE_BY_SIDE))
+        ],
+    }  # fmt: skip
+
+
+def _judge_name(judge: str) -> str:
+    return "the true utility" if judge == "gold" else f"the {judge}"

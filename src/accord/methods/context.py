@@ -1,0 +1,245 @@
+"""What a stage is given, where its models come from, and the frame every stage runs in."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from accord.config import Recipe
+from accord.data.templates import Template
+from accord.data.tokenise import tokenise_groups
+from accord.errors import ConfigError
+from accord.methods.corpus import Corpus, Part
+from accord.models.layout import Layout, layout_cost
+from accord.models.load import ModelShape, build_model, load_policy, save_model
+from accord.models.scratch_tokenizer import train_tokenizer
+from accord.models.self_check import check_layouts
+from accord.randomness import torch_seed
+from accord.records import Group, Interval, TokenGroup
+from accord.report.stage import stage_report
+from accord.rewards.scorers import RewardFunction
+from accord.training.runfolder import RunFolder
+
+__all__ = [
+    "Context",
+    "LoadedPolicy",
+    "base_folder",
+    "choose_layout",
+    "headline",
+    "run_stage",
+    "stage_model",
+    "tokenised",
+    "weights_hash",
+]
+
+EMBEDDED = "quickstart"
+SHARING_PAYS = 0.85  # the shared layout is used when it runs at most this share of the plain layout's tokens
+GROUPS_CHECKED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """A checked recipe with its data. `functions` holds reward functions given as Python objects, by config key."""
+
+    recipe: Recipe
+    corpus: Corpus
+    console: Console
+    functions: Mapping[str, RewardFunction] = field(default_factory=dict)
+
+    @property
+    def root(self) -> Path:
+        """The run's folder: one sub-folder a stage."""
+        return Path(self.recipe.out or f"runs/{self.recipe.name}")
+
+    @property
+    def seed(self) -> int:
+        return self.recipe.seed
+
+    def say(self, text: str) -> None:
+        """A plain line for people."""
+        self.console.print(f"  {text}", highlight=False, markup=False)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedPolicy:
+    """A language model with the template its text goes through."""
+
+    model: Any
+    template: Template
+
+    @property
+    def pad_id(self) -> int:
+        return self.template.tokenizer.pad_token_id
+
+    @classmethod
+    def from_folder(cls, folder: Path | str, choice: str) -> LoadedPolicy:
+        model, tokenizer = load_policy(folder)
+        return cls(model, Template.of(tokenizer, choice))
+
+
+def run_stage(
+    context: Context,
+    stage: str,
+    *,
+    settings: Mapping[str, Any],
+    sources: Mapping[str, str],
+    body: Callable[[RunFolder], dict[str, Any]],
+) -> dict[str, Any]:
+    """Run `body` in the stage's folder unless it is finished there, write its summary and report, return the summary.
+
+    `settings` and `sources` (what -> content hash) are all the result depends on: a finished or interrupted run of other
+    settings in the same folder is refused, never mixed in.
+    """
+    folder = context.root / stage
+    context.console.print(f"\n[bold]{stage}[/]  {folder}", highlight=False)
+    if context.recipe.threads is not None:
+        torch.set_num_threads(context.recipe.threads)
+    resolved = {"stage": stage, "seed": context.seed, "model": context.recipe.model.model_dump(mode="json"), **settings}
+    started = time.monotonic()
+    with RunFolder.open(folder, resolved_config=resolved, fingerprints=sources) as run:
+        summary = run.finished
+        if summary is not None:
+            context.say("already finished; delete the folder to run it again")
+        else:
+            for note in run.notes:
+                context.say(note)
+            summary = {"stage": stage, **body(run)}
+            summary["seconds"] = time.monotonic() - started
+            run.finish(summary)
+    if not (folder / "report.html").exists():
+        stage_report(folder)
+    return summary
+
+
+def base_folder(context: Context) -> Path:
+    """The folder of the model everything starts from: named, embedded, or built from nothing on the recipe's text."""
+    model = context.recipe.model
+    if model.scratch is not None:
+        folder = context.root / "base"
+        text = context.corpus.sft if context.corpus.sft.groups else context.corpus.preferences
+        run_stage(context, "base", settings={}, sources=text.sources, body=lambda run: _build_base(context, text, run))
+        return folder / "model"
+    if model.path is None:
+        raise ConfigError(
+            "no model to start from: set `model.path` (a folder, a hub id, or quickstart) or `model.scratch`"
+        )
+    if model.path == EMBEDDED:
+        return Path(str(files("accord") / "assets" / "quickstart"))
+    return Path(model.path)
+
+
+def _build_base(context: Context, text: Part, run: RunFolder) -> dict[str, Any]:
+    scratch = context.recipe.model.scratch
+    assert scratch is not None
+    texts = [m.content for g in text.groups for m in (*g.prompt, *(m for c in g.completions for m in c.messages))]
+    if not texts:
+        raise ConfigError(
+            "`model.scratch` trains its tokenizer on `data.sft` or `data.preferences`, and neither is set"
+        )
+    tokenizer = train_tokenizer(texts, vocab_size=scratch.vocab_size)
+    Template.of(tokenizer, context.recipe.model.template)
+    model = build_model(
+        ModelShape(scratch.hidden_size, scratch.layers, scratch.heads, scratch.max_positions, scratch.kind),
+        vocab_size=len(tokenizer),
+        pad_id=tokenizer.pad_token_id,
+        eos_id=tokenizer.eos_token_id,
+        seed=torch_seed(context.seed, "base"),
+    )
+    save_model(model, tokenizer, run.path / "model")
+    parameters = sum(p.numel() for p in model.parameters())
+    account = f"A new {scratch.kind} model of {parameters:,} parameters with a vocabulary of {len(tokenizer):,}."
+    context.say(account)
+    return {"headline": [headline("parameters", parameters)], "account": [account, *text.notes]}
+
+
+def stage_model(context: Context, stage: str) -> Path | None:
+    """The model a finished stage left in this run's folder; None when the recipe has no such stage.
+
+    Raises: ConfigError when the recipe has the stage but it has not been run.
+    """
+    folder = context.root / stage
+    if (folder / "summary.json").exists():
+        return folder / "model"
+    if getattr(context.recipe, stage, None) is not None:
+        raise ConfigError(
+            f"the {stage} stage of this recipe is not finished in {folder}: run `accord {stage}` first, or `accord run` "
+            "for all stages in order"
+        )
+    return None
+
+
+def weights_hash(folder: Path | str) -> dict[str, str]:
+    """Which weights a folder holds, for the record of what a run depends on; a hub id stands for itself."""
+    path = Path(folder)
+    if not path.is_dir():
+        return {f"weights of {folder}": str(folder)}
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return {"starting weights": digest.hexdigest()}
+
+
+def tokenised(
+    context: Context, groups: list[Group], template: Template, what: str, **limits: Any
+) -> list[tuple[Group, TokenGroup]]:
+    """Groups with their tokens; what had to be shortened or left out is counted and said."""
+    data = context.recipe.data
+    arguments = {"max_tokens": data.max_tokens, "max_prompt_tokens": data.max_prompt_tokens, "loss_on": "assistant"}
+    result = tokenise_groups(groups, template, **(arguments | limits))
+    if result.truncated_prompts:
+        context.say(
+            f"{result.truncated_prompts} of {len(groups)} prompts of {what} are too long and lost their oldest part"
+        )
+    if result.dropped:
+        context.say(f"{len(result.dropped)} of {len(groups)} {what} left out; the first: {result.dropped[0]}")
+    if groups and not result.groups:
+        raise ConfigError(f"none of the {what} fits; the first: {result.dropped[0]}")
+    by_origin: dict[int, Group] = {index: group for index, group in enumerate(groups)}
+    dropped = {d.index for d in result.dropped}
+    kept = [group for index, group in by_origin.items() if index not in dropped]
+    if len(kept) != len(result.groups):  # dialogues split into one example an answer
+        return [(Group(()), tokens) for tokens in result.groups]
+    return list(zip(kept, result.groups, strict=True))
+
+
+def choose_layout(context: Context, model: Any, groups: list[TokenGroup], pad_id: int) -> Layout:
+    """Prove on a few groups that our log-probabilities are the model's own, and choose how prompts are run."""
+    sample = sorted((g for g in groups if g.completions), key=lambda g: g.num_tokens)[:GROUPS_CHECKED]
+    if not sample:
+        return "plain"
+    wanted = context.recipe.model.layout
+    check = check_layouts(model, sample, pad_id, max_tokens=context.recipe.data.max_tokens)
+    if wanted == "shared" and check.layout == "plain":
+        raise ConfigError(f"`model.layout` = shared does not fit this model: {check.reason}")
+    if wanted != "auto":
+        return wanted
+    plain = sum(layout_cost(g, "plain") for g in groups)
+    shared = sum(layout_cost(g, "shared") for g in groups)
+    if check.layout == "shared" and shared <= SHARING_PAYS * plain:
+        context.say(f"each prompt runs once for all its completions: {1 - shared / plain:.0%} fewer tokens")
+        return "shared"
+    if check.reason and shared <= SHARING_PAYS * plain:
+        context.say(f"prompts are run once per completion: {check.reason}")
+    return "plain"
+
+
+def headline(
+    name: str, value: float | Interval, *, unit: str | None = None, meaning: str | None = None
+) -> dict[str, Any]:
+    """One number of a summary, with its interval where it has one. Infinite ends (one prompt) are left out."""
+    row: dict[str, Any] = {"name": name}
+    if isinstance(value, Interval):
+        finite = value.low > float("-inf") and value.high < float("inf")
+        row |= value.as_dict() if finite else {"value": value.value, "n": value.n}
+    else:
+        row["value"] = value
+    return row | ({"unit": unit} if unit else {}) | ({"meaning": meaning} if meaning else {})

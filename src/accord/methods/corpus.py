@@ -1,0 +1,126 @@
+"""The data of a recipe as groups: read, converted where a stage needs another kind, split by prompt. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from accord.config import DataConfig, Source
+from accord.data.convert import as_kind
+from accord.data.read import read_groups
+from accord.errors import DataError
+from accord.records import Group, GroupKind, content_id
+
+__all__ = ["Corpus", "Part", "read_corpus", "split_holdout"]
+
+HASH_RANGE = 1 << 63
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Groups for one purpose. `sources` says what they came from (path -> content hash); `notes` what was done to them."""
+
+    groups: tuple[Group, ...] = ()
+    sources: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, groups: Sequence[Group], name: str) -> Part:
+        """Groups that are in memory already; their content stands for a file's."""
+        blob = [
+            [
+                [[m.role, m.content, m.learn] for m in g.prompt],
+                [[[m.content for m in c.messages], c.rank, c.score, c.label] for c in g.completions],
+                [g.margin, g.soft_label, g.reference],
+            ]
+            for g in groups
+        ]
+        return cls(tuple(groups), {name: f"{content_id(blob):016x}"})
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """What the stages draw from; an empty part is filled from another one, and says so."""
+
+    sft: Part = Part()
+    preferences: Part = Part()
+    prompts: Part = Part()
+    evaluation: Part = Part()
+
+    def demonstrations(self) -> Part:
+        """For SFT: `data.sft`, else the chosen answers of `data.preferences`."""
+        if self.sft.groups:
+            return _converted(self.sft, "sft")
+        if self.preferences.groups:
+            return _converted(self.preferences, "sft", "data.sft is not set: the chosen answers of data.preferences")
+        raise DataError("no demonstrations: set `data.sft` (or `data.preferences`, whose chosen answers would serve)")
+
+    def comparisons(self) -> Part:
+        """For the reward model: groups with ranked completions."""
+        if not self.preferences.groups:
+            raise DataError("no comparisons: set `data.preferences` to a file of pairs, rankings or ratings")
+        return _converted(self.preferences, "ranked")
+
+    def all_prompts(self) -> Part:
+        """For PPO: distinct prompts of `data.prompts`, else of `data.preferences`, else of `data.sft`."""
+        for part, name in ((self.prompts, ""), (self.preferences, "data.preferences"), (self.sft, "data.sft")):
+            if part.groups:
+                note = f"data.prompts is not set: the prompts of {name}" if name else ""
+                return _distinct(_converted(part, "prompts", note))
+        raise DataError("no prompts: set `data.prompts`, `data.preferences` or `data.sft`")
+
+    def evaluation_prompts(self) -> Part | None:
+        """`data.evaluation` as distinct prompts, or None: then the held-out part of `all_prompts` serves."""
+        return _distinct(_converted(self.evaluation, "prompts")) if self.evaluation.groups else None
+
+
+def read_corpus(data: DataConfig) -> Corpus:
+    """Read every source. Raises DataError naming `file:line` of what cannot be used."""
+    return Corpus(
+        sft=_read(data.sft, data.lenient),
+        preferences=_read(data.preferences, data.lenient),
+        prompts=_read(data.prompts, data.lenient),
+        evaluation=_read(data.evaluation, data.lenient),
+    )
+
+
+def split_holdout(groups: Sequence[Group], share: float) -> tuple[list[Group], list[Group]]:
+    """(training, held-out) by a hash of the prompt, so that a prompt is on the same side in every file and run."""
+    train: list[Group] = []
+    held_out: list[Group] = []
+    for group in groups:
+        fraction = content_id(["holdout", group.prompt_id]) / HASH_RANGE
+        (held_out if fraction < share else train).append(group)
+    return train, held_out
+
+
+def _read(sources: tuple[Source, ...], lenient: bool) -> Part:
+    groups: list[Group] = []
+    hashes: dict[str, str] = {}
+    notes: list[str] = []
+    for source in sources:
+        result = read_groups(source.path, format=source.format, fields=source.map, lenient=lenient)
+        used = result.groups[: source.limit]
+        groups.extend(used)
+        hashes[source.path] = result.fingerprint
+        limited = f", the first {len(used)} used" if len(used) < len(result.groups) else ""
+        notes.append(f"{source.path}: {result.format}, {result.rows} rows, {len(result.groups)} usable groups{limited}")
+        if result.problem_count:
+            notes.append(f"{source.path}: {result.problem_count} rows left out; the first: {result.problems[0]}")
+        notes.extend(f"{source.path}: {note}" for note in result.notes)
+    return Part(tuple(groups), hashes, tuple(notes))
+
+
+def _converted(part: Part, kind: GroupKind, note: str = "") -> Part:
+    conversion = as_kind(part.groups, kind)
+    dropped = tuple(f"{count} {reason} left out" for reason, count in conversion.dropped)
+    return Part(conversion.groups, part.sources, (*part.notes, *((note,) if note else ()), *dropped))
+
+
+def _distinct(part: Part) -> Part:
+    seen: dict[int, Group] = {}
+    for group in part.groups:
+        seen.setdefault(group.prompt_id, group)
+    repeated = len(part.groups) - len(seen)
+    note = (f"{repeated} repeated prompts are used once",) if repeated else ()
+    return Part(tuple(seen.values()), part.sources, (*part.notes, *note))

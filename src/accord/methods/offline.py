@@ -1,0 +1,141 @@
+"""Training on fixed data: one trainer for every method whose step is a pure loss on groups from a file."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+from torch import Tensor
+
+from accord.config import OptimiserFields
+from accord.data.order import batch_indices, micro_batches, num_steps
+from accord.models.layout import CompletionBatch, Layout, collate
+from accord.records import TokenGroup
+from accord.training.loop import Captured, StepOutcome
+from accord.training.optim import Optimiser, learning_rate_at
+
+__all__ = ["Objective", "OfflineTrainer", "Schedule", "group_passes", "peak_memory_mb"]
+
+Item = TypeVar("Item")
+Sums = dict[str, float]
+
+
+class Schedule(Protocol):
+    """The fields of a section that say how long training is and how often it is evaluated."""
+
+    epochs: int
+    max_steps: int | None
+    batch_size: int
+    eval_every: int
+
+
+class Objective(Protocol[Item]):
+    """What makes a method: which tokens an item has, what a step is averaged over, and the loss of a micro-batch."""
+
+    def tokens(self, item: Item) -> TokenGroup: ...
+
+    def normaliser(self, items: Sequence[Item]) -> float:
+        """What the whole optimiser step divides by: tokens or groups."""
+        ...
+
+    def loss(self, model: Any, items: Sequence[Item], batch: CompletionBatch, normaliser: float) -> tuple[Tensor, Sums]:
+        """The loss to differentiate, and sums that add up over micro-batches."""
+        ...
+
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """The step's metrics from the added-up sums."""
+        ...
+
+
+class OfflineTrainer(Generic[Item]):
+    """Runs an objective over items in a seeded order; see `accord.training.loop.Trainer`."""
+
+    def __init__(
+        self,
+        stage: str,
+        model: Any,
+        items: Sequence[Item],
+        section: OptimiserFields,
+        schedule: Schedule,
+        objective: Objective[Item],
+        *,
+        layout: Layout,
+        pad_id: int,
+        seed: int,
+        evaluate: Callable[[], Mapping[str, float]],
+    ) -> None:
+        self.stage = stage
+        self.checkpoint_every, self.keep_checkpoints = section.checkpoint_every, section.keep_checkpoints
+        self.total_steps = num_steps(len(items), schedule.batch_size, schedule.epochs, schedule.max_steps)
+        self._model, self._items, self._section, self._schedule = model, items, section, schedule
+        self._objective, self._layout, self._pad_id, self._seed = objective, layout, pad_id, seed
+        self._evaluate = evaluate
+        self._optimiser = Optimiser(model, section)
+        self._tokens = self._sequences = 0
+
+    def step(self, step: int) -> StepOutcome:
+        """One optimiser update on the step's batch, whatever number of forward passes it takes."""
+        started = time.monotonic()
+        size = self._schedule.batch_size
+        batch_items = [self._items[i] for i in batch_indices(step, len(self._items), size, self._seed, self.stage)]
+        normaliser = self._objective.normaliser(batch_items)
+        sums: Sums = {}
+        tokens = 0
+        for items in group_passes(batch_items, self._objective.tokens, self._layout, self._section.micro_batch_tokens):
+            groups = [self._objective.tokens(item) for item in items]
+            batch = collate(groups, layout=self._layout, pad_id=self._pad_id)
+            loss, part = self._objective.loss(self._model, items, batch, normaliser)
+            loss.backward()
+            for name, value in part.items():
+                sums[name] = sums.get(name, 0.0) + value
+            tokens += int(batch.attention_mask.shape[0] * batch.input_ids.shape[1])
+            self._tokens += int(batch.completion_mask.sum())
+            self._sequences += len(batch.row_index)
+        rate = learning_rate_at(step, self.total_steps, self._section.learning_rate, self._section)
+        update = self._optimiser.update(rate)
+        metrics = self._objective.metrics(sums) | {
+            "train/grad_norm": update.grad_norm,
+            "train/learning_rate": rate,
+            "train/skipped_updates": self._optimiser.skipped,
+            "train/tokens": self._tokens,
+            "train/sequences": self._sequences,
+            "train/epoch": step * size / len(self._items),
+            "system/tokens_per_second": tokens / (time.monotonic() - started),
+            "system/peak_memory_mb": peak_memory_mb(),
+        }
+        if step % self._schedule.eval_every == 0 or step == self.total_steps:
+            before = time.monotonic()
+            metrics |= self._evaluate()
+            metrics["time/eval_seconds"] = time.monotonic() - before
+        return StepOutcome(metrics, status=f"loss {metrics['train/loss']:.3f}")
+
+    def capture(self) -> Captured:
+        return Captured(
+            {"model": dict(self._model.state_dict()), "optimiser": self._optimiser.tensors()},
+            {"optimiser": self._optimiser.counters(), "tokens": self._tokens, "sequences": self._sequences},
+        )
+
+    def restore(self, captured: Captured) -> None:
+        self._model.load_state_dict(captured.tensors["model"])
+        self._optimiser.restore(captured.tensors["optimiser"], captured.values["optimiser"])
+        self._tokens, self._sequences = captured.values["tokens"], captured.values["sequences"]
+
+
+def group_passes(
+    items: Sequence[Item], tokens: Callable[[Item], TokenGroup], layout: Layout, budget: int
+) -> list[list[Item]]:
+    """Cut items into forward passes of at most `budget` tokens in the given layout, padding included."""
+    if layout == "shared":
+        return micro_batches(items, lambda i: tokens(i).num_tokens, lambda i: 1, budget)
+    return micro_batches(items, lambda i: _longest(tokens(i)), lambda i: len(tokens(i).completions), budget)
+
+
+def _longest(group: TokenGroup) -> int:
+    return len(group.prompt_ids) + max(len(c.ids) for c in group.completions)
+
+
+def peak_memory_mb() -> float:
+    """The most memory this process has held so far, in 10^6 bytes (Linux reports kibibytes)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

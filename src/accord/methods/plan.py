@@ -1,0 +1,98 @@
+"""What a recipe would do: its stages, sizes and memory, worked out from files' headers. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from importlib.resources import files
+from pathlib import Path
+
+from rich.table import Table
+
+from accord.config import Recipe, ScratchConfig
+from accord.data.order import num_steps
+from accord.errors import ConfigError, DataError
+from accord.methods.corpus import Corpus, split_holdout
+
+__all__ = ["STAGE_NAMES", "num_parameters", "plan_table", "stages_of"]
+
+STAGE_NAMES = ("sft", "reward", "ppo", "evaluate")
+# fp32 bytes for each parameter: weights, gradient and AdamW's two moments while training; weights alone while frozen.
+TRAINED, FROZEN = 16, 4
+
+
+def stages_of(recipe: Recipe) -> list[str]:
+    """The stages a recipe has, in the order they run. Raises ConfigError when there is none."""
+    stages = [name for name in STAGE_NAMES if getattr(recipe, name) is not None]
+    if not stages:
+        raise ConfigError(f"the recipe has no stage: add a section, one of {', '.join(STAGE_NAMES)}")
+    return stages
+
+
+def num_parameters(recipe: Recipe) -> int | None:
+    """Parameters of the starting model, from the safetensors headers or the shape; None for a hub id."""
+    if recipe.model.scratch is not None:
+        return _scratch_parameters(recipe.model.scratch)
+    if recipe.model.path is None:
+        return None
+    embedded = recipe.model.path == "quickstart"
+    folder = Path(str(files("accord") / "assets" / "quickstart")) if embedded else Path(recipe.model.path)
+    return sum(_tensor_sizes(file) for file in sorted(folder.glob("*.safetensors"))) or None
+
+
+def plan_table(recipe: Recipe, corpus: Corpus, stages: list[str]) -> Table:
+    """One row a stage: data, steps, models in memory. Raises DataError where a stage's data is missing."""
+    parameters = num_parameters(recipe)
+    table = Table("stage", "data", "steps", "models in memory", "weights and optimiser, fp32")
+    for stage in stages:
+        data, steps = _sizes(recipe, corpus, stage)
+        trained, frozen = {"sft": (1, 0), "reward": (1, 0), "ppo": (2, 2), "evaluate": (0, 2)}[stage]
+        memory = f"{parameters * (trained * TRAINED + frozen * FROZEN) / 1e6:,.0f} MB" if parameters else "unknown"
+        table.add_row(stage, data, steps, f"{trained} trained, {frozen} frozen", memory)
+    table.caption = (
+        f"{parameters:,} parameters; activations come on top" if parameters else "a model that is not a local folder"
+    )
+    return table
+
+
+def _sizes(recipe: Recipe, corpus: Corpus, stage: str) -> tuple[str, str]:
+    holdout = recipe.data.holdout
+    if stage in ("sft", "reward"):
+        part = corpus.demonstrations() if stage == "sft" else corpus.comparisons()
+        train, held_out = split_holdout(part.groups, holdout)
+        if not train:
+            raise DataError(f"the {stage} stage has nothing to train on: all {len(held_out)} groups are held out")
+        section = recipe.sft if stage == "sft" else recipe.reward
+        assert section is not None
+        steps = num_steps(len(train), section.batch_size, section.epochs, section.max_steps)
+        what = "demonstrations" if stage == "sft" else "comparisons"
+        return f"{len(train):,} {what}, {len(held_out):,} held out", f"{steps:,} of {section.batch_size}"
+    prompts = corpus.evaluation_prompts() if stage == "evaluate" else None
+    if prompts is not None:
+        return f"{len(prompts.groups):,} prompts", "-"
+    train, held_out = split_holdout(corpus.all_prompts().groups, holdout)
+    if stage == "evaluate":
+        return f"{len(held_out):,} held-out prompts", "-"
+    ppo = recipe.ppo
+    assert ppo is not None
+    per_step = ppo.prompts_per_step * ppo.samples_per_prompt
+    steps = math.ceil(ppo.episodes / per_step)
+    return f"{len(train):,} prompts", f"{steps:,} rollouts of {per_step}, {ppo.update_epochs * ppo.minibatches} updates each"
+
+
+def _tensor_sizes(file: Path) -> int:
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+    return sum(math.prod(t["shape"]) for name, t in header.items() if name != "__metadata__")
+
+
+def _scratch_parameters(shape: ScratchConfig) -> int:
+    """Weights of the matrices and norms, embeddings tied; biases, which are few, are left out."""
+    width = shape.hidden_size
+    if shape.kind == "gpt2":
+        block = 12 * width * width
+        return shape.vocab_size * width + shape.max_positions * width + shape.layers * block
+    inner = -(-(width * 8 // 3) // 16) * 16
+    return shape.vocab_size * width + shape.layers * (4 * width * width + 3 * width * inner + 2 * width) + width

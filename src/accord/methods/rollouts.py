@@ -1,0 +1,137 @@
+"""One rollout: completions of a step's prompts, their scores, and the log-probabilities and values PPO needs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accord.config import PPOConfig
+from accord.data.templates import Template
+from accord.methods.offline import group_passes
+from accord.models.layout import CompletionBatch, Layout, collate
+from accord.models.token_scores import score_tokens, score_values
+from accord.records import Group, SampledCompletion, ScoreRequest, TokenCompletion, TokenGroup
+from accord.rewards.scorers import Scorer, values_of
+from accord.rollout.native import PromptTokens, Sampler
+from accord.rollout.sampling import Sampling
+
+__all__ = ["Rollout", "collect", "padded", "per_token"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """All completions of one step. C completions in group order, T tokens of the longest; masks True = a real token.
+
+    groups        token groups, each prompt with its sampled completions
+    requests      the same completions as text, in the same order
+    scores        (C,) what the scorer said; gold (C,) what the hidden truth says, None without one
+    finished      (C,) bool, ended by a stop token
+    mask          (C, T) bool
+    old_logprobs, ref_logprobs  (C, T) nats; values (C, T), V before each token
+    """
+
+    groups: tuple[TokenGroup, ...]
+    requests: tuple[ScoreRequest, ...]
+    scores: Tensor
+    gold: Tensor | None
+    finished: Tensor
+    mask: Tensor
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    generate_seconds: float
+    score_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutModels:
+    """Who takes part in a rollout."""
+
+    policy: Any
+    reference: Any
+    value: Any
+    sampler: Sampler
+    template: Template
+    scorer: Scorer
+    gold: Scorer | None
+    layout: Layout
+
+
+def collect(
+    models: RolloutModels, prompts: Sequence[tuple[Group, TokenGroup]], section: PPOConfig, key: tuple[int | str, ...]
+) -> Rollout:
+    """Sample, score, and run reference and value model once over everything."""
+    started = time.monotonic()
+    sampling = Sampling(section.max_new_tokens, section.temperature, stop_ids=models.template.stop_ids)
+    requests_for = [PromptTokens(tokens.prompt_ids, tokens.prompt_id) for _, tokens in prompts]
+    sampled = models.sampler.generate(requests_for, section.samples_per_prompt, sampling, key)
+    generated = time.monotonic()
+    groups = tuple(_with_samples(tokens, samples) for (_, tokens), samples in zip(prompts, sampled, strict=True))
+    flat = [sample for samples in sampled for sample in samples]
+    requests = tuple(
+        ScoreRequest(group.prompt, models.template.decode(sample.ids), sample.finish_reason == "stop", tokens.prompt_id)
+        for (group, tokens), samples in zip(prompts, sampled, strict=True)
+        for sample in samples
+    )
+    mask = padded([[True] * len(s.ids) for s in flat], False)
+    old = padded([list(s.logprobs) for s in flat], 0.0)
+
+    def logprobs(model: Any) -> Tensor:
+        return per_token(
+            groups, models, section.micro_batch_tokens, mask.shape[1],
+            lambda batch: score_tokens(model, batch, temperature=section.temperature).logprobs,
+        )  # fmt: skip
+
+    return Rollout(
+        groups=groups,
+        requests=requests,
+        scores=torch.tensor(values_of(models.scorer, requests)),
+        gold=None if models.gold is None else torch.tensor(values_of(models.gold, requests)),
+        finished=torch.tensor([r.finished for r in requests]),
+        mask=mask,
+        old_logprobs=logprobs(models.policy) if section.old_logprobs == "recompute" else old,
+        ref_logprobs=logprobs(models.reference),
+        values=per_token(
+            groups, models, section.micro_batch_tokens, mask.shape[1], lambda batch: score_values(models.value, batch)
+        ),
+        generate_seconds=generated - started,
+        score_seconds=time.monotonic() - generated,
+    )
+
+
+def per_token(
+    groups: Sequence[TokenGroup],
+    models: RolloutModels,
+    budget: int,
+    width: int,
+    function: Callable[[CompletionBatch], Tensor],
+) -> Tensor:
+    """(C, width) of a (C, T) function of batches, run without gradient in passes of at most `budget` tokens."""
+    first = [0]
+    for group in groups:
+        first.append(first[-1] + len(group.completions))
+    result = torch.zeros(first[-1], width)
+    for indices in group_passes(range(len(groups)), lambda i: groups[i], models.layout, budget):
+        pad_id = models.template.tokenizer.pad_token_id
+        batch = collate([groups[i] for i in indices], layout=models.layout, pad_id=pad_id)
+        with torch.no_grad():
+            values = function(batch)
+        rows = [row for i in indices for row in range(first[i], first[i + 1])]
+        result[rows, : values.shape[1]] = values
+    return result
+
+
+def padded(rows: list[list[Any]], fill: Any) -> Tensor:
+    """Lists of different lengths as one (C, T) tensor, filled on the right."""
+    width = max(len(row) for row in rows)
+    return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
+
+
+def _with_samples(tokens: TokenGroup, samples: Sequence[SampledCompletion]) -> TokenGroup:
+    completions = tuple(TokenCompletion(s.ids, (True,) * len(s.ids)) for s in samples)
+    return TokenGroup(tokens.prompt_ids, completions, tokens.prompt_id, tokens.origin)

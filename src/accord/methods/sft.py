@@ -1,0 +1,152 @@
+"""Supervised fine-tuning: imitate the demonstrations' answers, token by token.
+
+loss = -sum over counted tokens of log p(token | everything before it) / number of counted tokens
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accord.evaluation.statistics import cluster_interval
+from accord.losses.sft import sft_loss
+from accord.methods.context import (
+    Context,
+    LoadedPolicy,
+    base_folder,
+    choose_layout,
+    headline,
+    run_stage,
+    tokenised,
+    weights_hash,
+)
+from accord.methods.corpus import split_holdout
+from accord.methods.offline import OfflineTrainer, Sums, group_passes
+from accord.models.layout import CompletionBatch, Layout, collate
+from accord.models.load import save_model
+from accord.models.token_scores import score_tokens
+from accord.records import TokenGroup
+from accord.training.loop import run_training
+from accord.training.runfolder import RunFolder
+
+__all__ = ["SFTObjective", "held_out_loss", "run_sft"]
+
+
+class SFTObjective:
+    """Negative log-likelihood per counted token of the whole step."""
+
+    def tokens(self, item: TokenGroup) -> TokenGroup:
+        return item
+
+    def normaliser(self, items: Sequence[TokenGroup]) -> float:
+        return sum(sum(c.mask) for group in items for c in group.completions)
+
+    def loss(
+        self, model: Any, items: Sequence[TokenGroup], batch: CompletionBatch, normaliser: float
+    ) -> tuple[Tensor, Sums]:
+        logprobs = score_tokens(model, batch, mask="loss").logprobs
+        result = sft_loss(logprobs, batch.completion_mask, num_tokens=normaliser)
+        return result.loss, {"nll": float(result.nll_sum), "tokens": float(result.token_count)}
+
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        return {"train/loss": sums["nll"] / max(1.0, sums["tokens"])}
+
+
+def held_out_loss(
+    model: Any, groups: Sequence[TokenGroup], layout: Layout, pad_id: int, budget: int
+) -> list[tuple[float, int, int]]:
+    """(summed negative log-likelihood in nats, counted tokens, prompt id) of each group."""
+    rows: list[tuple[float, int, int]] = []
+    for groups_of_pass in group_passes(groups, lambda g: g, layout, budget):
+        batch = collate(groups_of_pass, layout=layout, pad_id=pad_id)
+        with torch.no_grad():
+            nll = -score_tokens(model, batch, mask="loss").logprobs.sum(1)
+        for index, group in enumerate(groups_of_pass):
+            inside = batch.group_index == index
+            counted = int(batch.completion_mask[inside].sum())
+            rows.append((float(nll[inside].sum()), counted, group.prompt_id))
+    return rows
+
+
+def run_sft(context: Context) -> dict[str, Any]:
+    """Train (or continue, or find finished) the SFT stage of this run; returns its summary."""
+    section = context.recipe.sft
+    assert section is not None
+    start = base_folder(context)
+    part = context.corpus.demonstrations()
+
+    def body(run: RunFolder) -> dict[str, Any]:
+        for note in part.notes:
+            context.say(note)
+        policy = LoadedPolicy.from_folder(start, context.recipe.model.template)
+        train, held_out = split_holdout(part.groups, context.recipe.data.holdout)
+        items = [t for _, t in tokenised(context, train, policy.template, "demonstrations", loss_on=section.loss_on)]
+        tests = [
+            t
+            for _, t in tokenised(
+                context, held_out, policy.template, "held-out demonstrations", loss_on=section.loss_on
+            )
+        ]
+        layout = choose_layout(context, policy.model, items, policy.pad_id)
+
+        def measure() -> dict[str, float]:
+            if not tests:
+                return {}
+            rows = held_out_loss(policy.model, tests, layout, policy.pad_id, section.micro_batch_tokens)
+            loss = sum(r[0] for r in rows) / max(1, sum(r[1] for r in rows))
+            return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
+
+        trainer = OfflineTrainer(
+            "sft", policy.model, items, section, section, SFTObjective(),
+            layout=layout, pad_id=policy.pad_id, seed=context.seed, evaluate=measure,
+        )  # fmt: skip
+        context.say(
+            f"{len(items)} demonstrations, {len(tests)} held out, {trainer.total_steps} steps of {section.batch_size}"
+        )
+        run_training(trainer, run, context.console)
+        save_model(policy.model, policy.template.tokenizer, run.path / "model")
+        return _summary(policy, items, tests, layout, section.micro_batch_tokens, trainer.total_steps, part.notes)
+
+    data = context.recipe.data.model_dump(mode="json", include={"holdout", "max_tokens", "max_prompt_tokens"})
+    settings = {"sft": section.model_dump(mode="json"), "data": data}
+    return run_stage(context, "sft", settings=settings, sources=part.sources | weights_hash(start), body=body)
+
+
+def _summary(
+    policy: LoadedPolicy,
+    items: list[TokenGroup],
+    tests: list[TokenGroup],
+    layout: Layout,
+    budget: int,
+    steps: int,
+    notes: tuple[str, ...],
+) -> dict[str, Any]:
+    account = [
+        f"The model imitated {len(items):,} demonstrations in {steps:,} optimiser steps, learning only from what the "
+        "assistant wrote."
+        if tests
+        else f"The model imitated {len(items):,} demonstrations in {steps:,} steps."
+    ]
+    rows: list[dict[str, Any]] = []
+    if tests:
+        measured = held_out_loss(policy.model, tests, layout, policy.pad_id, budget)
+        per_token = cluster_interval([nll / max(1, n) for nll, n, _ in measured], [p for _, _, p in measured])
+        loss = sum(r[0] for r in measured) / max(1, sum(r[1] for r in measured))
+        rows.append(headline("eval/perplexity", math.exp(min(loss, 700.0))))
+        rows.append(
+            headline(
+                "loss per answer",
+                per_token,
+                unit="nats per token",
+                meaning="Mean over held-out answers of their loss per token.",
+            )
+        )
+        account.append(
+            f"On {len(tests):,} held-out demonstrations it hesitates between {math.exp(min(loss, 700.0)):.2f} equally "
+            "likely tokens on average (perplexity)."
+        )
+    return {"headline": rows, "account": [*account, *notes], "warnings": []}

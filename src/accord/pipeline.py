@@ -1,0 +1,62 @@
+"""A recipe from start to end: which stages, in which order, and what is left in the run's folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from accord.config import Recipe
+from accord.evaluation.stage import run_evaluate
+from accord.methods.context import Context
+from accord.methods.corpus import Corpus
+from accord.methods.ppo_stage import run_ppo
+from accord.methods.reward import run_reward
+from accord.methods.sft import run_sft
+from accord.report.overview import overview_report
+from accord.rewards.scorers import RewardFunction
+from accord.training.atomic import write_json
+
+__all__ = ["STAGES", "run_stages", "write_overview"]
+
+STAGES: Mapping[str, Callable[[Context], dict[str, Any]]] = {
+    "sft": run_sft,
+    "reward": run_reward,
+    "ppo": run_ppo,
+    "evaluate": run_evaluate,
+}
+
+
+def run_stages(
+    recipe: Recipe,
+    corpus: Corpus,
+    stages: Sequence[str],
+    console: Console,
+    functions: Mapping[str, RewardFunction] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Run `stages` in order; finished ones are not repeated. Returns stage -> summary and writes the overview."""
+    context = Context(recipe, corpus, console, functions or {})
+    summaries = {stage: STAGES[stage](context) for stage in stages}
+    write_overview(context)
+    return summaries
+
+
+def write_overview(context: Context, more: Mapping[str, Any] | None = None) -> None:
+    """The root's summary.json and report.html over all finished stages there."""
+    done = [s for s in ("base", *STAGES) if (context.root / s / "summary.json").exists()]
+    summaries = {stage: json.loads((context.root / stage / "summary.json").read_bytes()) for stage in done}
+    evaluation = summaries.get("evaluate", {})
+    summary = {
+        "name": context.recipe.name,
+        "seconds": sum(s["seconds"] for s in summaries.values()),
+        "stages": done,
+        "account": [text for stage in done for text in summaries[stage].get("account", ())[:1]],
+        "comparisons": evaluation.get("comparisons", []),
+        "side_by_side": evaluation.get("side_by_side", []),
+        **(more or {}),
+    }
+    write_json(context.root / "summary.json", summary)
+    page = overview_report(context.root, done)
+    context.console.print(f"\nreport: {page}", highlight=False)
