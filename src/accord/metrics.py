@@ -64,6 +64,14 @@ class Metric:
     def group(self) -> str:
         return self.name.partition("/")[0]
 
+    @property
+    def title(self) -> str:
+        """The name as words: "rollout/kl_per_sequence_nats" is "KL per sequence"."""
+        quantity, _, reduction = self.name.partition("/")[2].partition("/")
+        words = f"{reduction} {quantity.removesuffix('_nats').replace('_', ' ')}".strip()
+        words = " ".join("KL" if word == "kl" else word for word in words.split())
+        return words[0].upper() + words[1:]
+
 
 class UnknownMetric(AccordError, LookupError):
     """A metric name that nobody declared."""
@@ -73,22 +81,23 @@ class UnknownMetric(AccordError, LookupError):
 _DECLARED = (
     Metric("train/loss", "nats", "token mean", "down", "-sum(mask * logprob) / sum(mask); pairs: -log sigmoid(margin)",
            "What the optimiser minimises. For language modelling, nats per token; for a reward model, nats per pair."),
-    Metric("train/policy_loss", "", "token mean", "neutral", "-mean(min(r A, clip(r, 1 - eps, 1 + eps) A))",
+    Metric("train/policy_loss", "", "update mean", "neutral", "-mean(min(r A, clip(r, 1 - eps, 1 + eps) A))",
            "PPO's clipped surrogate. Its size says little: advantages are re-centred at every step."),
-    Metric("train/value_loss", "", "token mean", "down", "mean(max((V - R)^2, (clip(V) - R)^2)) / 2",
+    Metric("train/value_loss", "", "update mean", "down", "mean(max((V - R)^2, (clip(V) - R)^2)) / 2",
            "How far the value model is from the returns. It may rise while the policy finds higher rewards."),
     Metric("train/entropy_nats", "nats per token", "token mean", "neutral", "-sum_v p(v) log p(v)",
            "How undecided the policy is. A slow fall is learning; a fall towards 0 is collapse."),
-    Metric("train/clip_fraction", "fraction", "token mean", "neutral", "share of tokens with |r - 1| > eps",
+    Metric("train/clip_fraction", "fraction", "token mean", "neutral",
+           "tokens where clipping changed the loss / tokens",
            "Tokens whose update was cut off. 0 means tiny steps; above about 0.3 the steps are too large."),
-    Metric("train/value_clip_fraction", "fraction", "token mean", "neutral", "share of tokens with |V - V_old| > eps_v",
-           "Value predictions whose update was cut off."),
+    Metric("train/value_clip_fraction", "fraction", "token mean", "neutral",
+           "tokens where clipping changed the loss / tokens", "Value predictions whose update was cut off."),
     Metric("train/approx_kl", "nats per token", "token mean", "down", "mean(r - 1 - log r), r = p_new / p_old",
            "How far this step's updates moved the policy from the one that sampled. Above about 0.05 expect trouble."),
     Metric("train/ratio_mean", "", "token mean", "neutral", "mean(r), r = p_new / p_old",
            "Stays near 1; a steady drift means the sampler and the trainer disagree about probabilities."),
-    Metric("train/ratio_max_deviation", "", "max", "down", "max |r - 1|",
-           "The one token whose probability moved most. Before any update it must be almost 0."),
+    Metric("train/ratio_max_deviation", "", "max", "down", "max |r - 1| before the first update of a rollout",
+           "Nothing has moved yet, so sampler and trainer must agree: more than rounding means they do not."),
     Metric("train/grad_norm", "", "update mean", "neutral", "l2 norm of all gradients before clipping",
            "Spikes point at bad batches or a learning rate that is too high."),
     Metric("train/value_grad_norm", "", "update mean", "neutral", "l2 norm of the value model's gradients",
@@ -138,7 +147,7 @@ _DECLARED = (
            "Completions the model ended itself."),
     Metric("rollout/truncated_fraction", "fraction", "sequence mean", "down", "share cut by max_completion_tokens",
            "Completions that ran out of room. A rise usually means rambling."),
-    Metric("rollout/repetition", "fraction", "sequence mean", "down", "1 - distinct n-grams / n-grams in a completion",
+    Metric("rollout/repetition", "fraction", "sequence mean", "down", "1 - distinct 3-grams / 3-grams of a completion",
            "How much a completion repeats itself."),
     Metric("rollout/distinct_2", "fraction", "last", "up", "distinct 2-grams / 2-grams over all samples",
            "Variety over the whole batch. A steady fall means all answers become alike."),
@@ -175,13 +184,15 @@ _DECLARED = (
            "Distance from the reference model on new prompts."),
     Metric("eval/completion_tokens/mean", "tokens", "prompt mean", "neutral", "mean(tokens per completion)",
            "Length of the answers to new prompts."),
+    Metric("eval/completion_words/mean", "words", "prompt mean", "neutral", "mean(words per completion)",
+           "Length of the answers to new prompts, as a reader counts."),
     Metric("eval/finished_fraction", "fraction", "prompt mean", "up", "share of completions ended by a stop token",
            "Answers to new prompts that the model ended itself."),
     Metric("eval/rouge_l", "fraction", "prompt mean", "up", "F1 of the longest common subsequence of words",
            "Word overlap with a reference answer. Says nothing about correctness."),
     Metric("eval/distinct_2", "fraction", "last", "up", "distinct 2-grams / 2-grams over all answers",
            "Variety of the answers to new prompts."),
-    Metric("eval/repetition", "fraction", "prompt mean", "down", "1 - distinct n-grams / n-grams in a completion",
+    Metric("eval/repetition", "fraction", "prompt mean", "down", "1 - distinct 3-grams / 3-grams of a completion",
            "How much an answer repeats itself."),
     Metric("eval/optimality", "fraction", "prompt mean", "up", "1 - (length - shortest) / (longest - shortest)",
            "Random walks: how close a path is to the shortest one, exactly computed."),

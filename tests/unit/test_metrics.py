@@ -18,6 +18,11 @@ def test_check_returns_the_declaration() -> None:
     assert (metric.group, metric.unit, metric.direction) == ("rollout", "nats per completion", "down")
 
 
+def test_titles_are_names_in_words() -> None:
+    names = ("rollout/kl_per_sequence_nats", "rollout/score/mean", "eval/win_rate", "train/approx_kl")
+    assert [check(name).title for name in names] == ["KL per sequence", "Mean score", "Win rate", "Approx KL"]
+
+
 def test_an_unknown_name_is_an_error_that_names_the_nearest_one() -> None:
     with pytest.raises(UnknownMetric, match=r"unknown metric `train/los`: did you mean `train/loss`\?") as caught:
         check("train/los")

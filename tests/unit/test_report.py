@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accord.errors import DataError
-from accord.metrics import UnknownMetric, check
+from accord.metrics import REDUCTIONS, UnknownMetric, check
 from accord.report import overview_report, stage_report
 from accord.report.html import element
 from accord.report.panels import over_optimisation_figure
@@ -75,9 +75,9 @@ def ppo_run(folder: Path) -> Path:
         )
     samples = [
         {"step": step, "prompt": prompt, "completion": f"an apple is a fruit . {'thank you . ' * (step // 40)}"}
-        | {"score": float(noise.normal(step / 40, 1)), "finish_reason": "stop"}
+        | {"score": float(noise.normal(step / 40, 1)), "finished": step > 1, "gold": 2.34567891}
         for step in (1, 80)
-        for prompt in (*PROMPTS, *(f"what is {i} plus 2" for i in range(30)))
+        for prompt in (*PROMPTS, *(f"what is {i} plus {step}" for i in range(30)))
     ]
     summary = {
         "stage": "ppo",
@@ -92,9 +92,6 @@ def ppo_run(folder: Path) -> Path:
             "True utility rose with it until about step 50 and then turned: the policy exploits the reward model.",
         ],
         "warnings": ["The score is still rising while gold utility falls: consider fewer steps or a larger kl_coef."],
-        "comparisons": [
-            {"name": "ppo over sft", "value": 0.683, "low": 0.64, "high": 0.724, "n": 300, "judge": "true utility"}
-        ],
     }
     config = "stage: ppo\nseed: 0\nppo:\n  kl_coef: 0.05\n  clip_range: 0.2\n  rollout_prompts: 64\n"
     return write_run(folder, summary=summary, metrics=metrics, samples=samples, config=config)
@@ -110,6 +107,16 @@ def evaluation() -> dict[str, Any]:
     return {
         "stage": "evaluate",
         "seconds": 22.0,
+        "headline": [
+            {"name": name, "value": value + gain, "low": value + gain - 0.1, "high": value + gain + 0.1, "n": 300}
+            | {"model": model}
+            for name, value in (("eval/gold_utility/mean", -1.4), ("eval/completion_tokens/mean", 11.2))
+            for model, gain in (("base", 0.0), ("sft", 4.2), ("ppo", 5.5))
+        ],
+        "comparisons": [
+            {"name": "ppo over sft", "value": 0.683, "low": 0.64, "high": 0.724, "n": 300, "judge": "gold"},
+            {"name": "ppo over sft", "value": 0.812, "low": 0.77, "high": 0.85, "n": 300, "judge": "reward model"},
+        ],
         "side_by_side": [
             {
                 "prompt": prompt,
@@ -183,8 +190,8 @@ def quickstart_run(root: Path) -> Path:
         "account": ["A tiny model learned to answer by imitation, then to answer better from simulated annotators."],
         "win_rates": {
             "sft over base": {"value": 0.941, "low": 0.915, "high": 0.962, "n": 300},
-            "ppo over sft": {"value": 0.683, "low": 0.64, "high": 0.724, "n": 300, "judge": "true utility"},
-            "sft over sft, again": {"value": 0.49, "low": 0.44, "high": 0.54, "n": 300},
+            "ppo over sft": {"value": 0.683, "low": 0.64, "high": 0.724, "n": 300},
+            "sft over sft, again": {"value": 0.51, "low": 0.46, "high": 0.56, "n": 300},
         },
     }
     (root / "summary.json").write_text(json.dumps(whole), encoding="utf-8")
@@ -311,10 +318,17 @@ def test_a_page_tells_the_run_in_numbers_with_interval_and_n(pages: dict[str, st
     words = " ".join(Page(pages["ppo"]).text).replace("\xa0", " ")
     assert "68.3%" in words and "95% interval 64.0% to 72.4%, n = 300" in words
     assert check("eval/win_rate").meaning in words
-    assert "ppo over sft" in words and "better, by more than chance explains" in words
     assert "True utility rose with it until about step 50" in words
     assert "kl_coef: 0.05" in words and "2.13.0" in words
-    assert check("rollout/kl_per_sequence_nats").formula in words
+
+
+def test_hovering_over_a_metric_shows_what_the_registry_says(pages: dict[str, str]) -> None:
+    metric = check("rollout/kl_per_sequence_nats")
+    hovers = [
+        attributes["title"] for tag, attributes in Page(pages["ppo"]).tags if tag == "code" and "title" in attributes
+    ]
+    assert f"{metric.formula} ({metric.unit}, {REDUCTIONS[metric.reduction]})" in hovers
+    assert metric.meaning in "".join(Page(pages["ppo"]).text)
 
 
 def test_the_overview_shows_every_stage_and_links_to_its_report(pages: dict[str, str]) -> None:
@@ -326,7 +340,34 @@ def test_the_overview_shows_every_stage_and_links_to_its_report(pages: dict[str,
     words = " ".join(page.text).replace("\xa0", " ")
     assert "5 min 38 s" in words and "94.1% [91.5%, 96.2%], n = 300" in words
     assert "Calibration of the reward model" in words and "n = 640" in words
-    assert "true utility 4.30" in words and "no difference shown" in words
+    assert "true utility 4.30" in words and "sft over sft, again : no difference shown" in words
+
+
+def test_win_rates_name_their_judge_and_say_what_they_show(pages: dict[str, str]) -> None:
+    words = " ".join(Page(pages["whole"]).text).replace("\xa0", " ")
+    assert "68.3% [64.0%, 72.4%], n = 300, judged by true utility" in words
+    assert "81.2% [77.0%, 85.0%], n = 300, judged by reward model" in words
+    assert words.count("ppo over sft :") == 2, "the whole run's summary repeats a stage's win rate"
+    assert "ppo over sft : better, by more than chance explains" in words
+    assert "sft over sft, again : no difference shown" in words
+
+
+def test_numbers_of_several_models_make_a_table(pages: dict[str, str]) -> None:
+    table = pages["evaluate"].partition('<table class="models">')[2].partition("</table>")[0].replace("\xa0", " ")
+    rows = [re.sub(r"<[^>]*>", "|", row) for row in table.split("</tr>")]
+    assert [re.sub(r"\|+", "|", row).strip("|") for row in rows[:2]] == [
+        "base|sft|ppo",
+        f"Mean gold utility|{check('eval/gold_utility/mean').meaning}|−1.40 [−1.50, −1.30], n = 300|"
+        "2.80 [2.70, 2.90], n = 300|4.10 [4.00, 4.20], n = 300",
+    ]
+
+
+def test_samples_run_from_the_first_steps_to_the_last(pages: dict[str, str]) -> None:
+    """Of 64 prompts, 4 of which came back, the page shows the first 4 with both answers and the last 8 with one."""
+    samples = pages["ppo"].partition("<h2>Samples</h2>")[2]
+    assert samples.count("<article") == 12
+    assert samples.count("<b>step 1</b>") == 4 and samples.count("<b>step 80</b>") == 12
+    assert "true utility 2.35" in samples and "finished no" in samples
 
 
 def test_an_overview_links_only_to_reports_that_exist(tmp_path: Path) -> None:

@@ -9,19 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from accord.report.blocks import account, exchanges, key_figures, label, warnings
 from accord.report.html import Html, duration, element, page, section, with_interval
 from accord.report.panels import (
     OVERVIEW_PANELS,
-    account,
     calibration_figure,
     comparison_figure,
     curve_figure,
-    exchanges,
     grid,
-    key_figures,
     metric_figures,
     over_optimisation_figure,
-    warnings,
 )
 from accord.report.reading import Estimate, Run, read_run
 from accord.report.stage import STAGES, stage_title
@@ -79,14 +76,14 @@ def _subtitle(whole: Run, count: int) -> str:
 
 
 def _in_short(whole: Run) -> list[Html | None]:
-    numbers = key_figures(whole.headline) if whole.headline else None
-    return [account(whole.account) if whole.account else None, numbers]
+    return [account(whole.account) if whole.account else None, *key_figures(whole.headline)]
 
 
 def _comparisons(whole: Run, runs: Sequence[Run]) -> tuple[Estimate, ...]:
-    """The whole run's win rates, and those of stages it does not repeat."""
-    by_name = {item.name: item for run in (*runs, whole) for item in run.comparisons}
-    return tuple(by_name.values())
+    """The win rates of all stages, which name their judges, and those that only the whole run's summary has."""
+    staged = [item for run in runs for item in run.comparisons]
+    names = {item.name for item in staged}
+    return (*staged, *(item for item in whole.comparisons if item.name not in names))
 
 
 def _pipeline(root: Path, runs: Sequence[Run]) -> Html:
@@ -96,9 +93,9 @@ def _pipeline(root: Path, runs: Sequence[Run]) -> Html:
 def _step(root: Path, index: int, run: Run) -> Html:
     numbers = [
         part
-        for item in run.headline[:2]
+        for item in ([item for item in run.headline if not item.source] or run.comparisons)[:2]
         for part in (
-            element("dt", item.name, title=item.meaning or None),
+            element("dt", label(item), title=item.meaning or None),
             element("dd", with_interval(item.value, item.low, item.high, item.n, item.unit)),
         )
     ]

@@ -1,31 +1,26 @@
-"""The parts that stage and overview pages share: figures from records, with their explanations from the registry."""
+"""The charts of both kinds of page, made from records, with their explanations from the registry of metrics."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 
-from accord.metrics import METRICS, REDUCTIONS, Metric, check
+from accord.metrics import REDUCTIONS, Metric, check
 from accord.report.html import Html, element, join, number, quantity, with_interval
-from accord.report.reading import Answer, Curve, Estimate, Exchange, Points, Run
+from accord.report.reading import Curve, Estimate, Points, Run
 from accord.report.svg import ForestRow, Series, calibration_plot, forest_plot, histogram, legend, xy_chart
 
 __all__ = [
     "OVERVIEW_PANELS",
     "PANELS",
-    "account",
     "calibration_figure",
     "comparison_figure",
     "curve_figure",
-    "exchanges",
     "grid",
-    "key_figures",
-    "key_value_table",
     "metric_figures",
     "other_metric_figures",
     "over_optimisation_figure",
     "score_figure",
-    "warnings",
 ]
 
 # Chart title -> the metrics drawn together. In reading order, most telling first; a stage shows what it logged.
@@ -89,7 +84,7 @@ def _metric_figure(title: str, names: Iterable[str], run: Run) -> Html | None:
     chart = xy_chart(series, title=title, x_label="step", y_label=unit)
     caption = join(
         [
-            *(_explained(metric, named=len(logged) > 1) for metric in logged),
+            *map(_explained, logged),
             "The band holds all steps behind each point." if any(item.lows for item in series) else None,
             element("details", element("summary", "What is drawn, exactly"), element("dl", *map(_defined, logged))),
         ]
@@ -97,16 +92,19 @@ def _metric_figure(title: str, names: Iterable[str], run: Run) -> Html | None:
     return figure(title, chart, key=legend(series), trend=_trend(series[0], unit), caption=caption)
 
 
-def _explained(metric: Metric, *, named: bool) -> Html:
-    name = join([element("code", metric.name), " "]) if named else None
-    return element("p", name, metric.meaning, _BETTER[metric.direction])
+def _explained(metric: Metric) -> Html:
+    hover = f"{metric.formula} ({_facts(metric)})"
+    return element("p", element("code", metric.name, title=hover), f" {metric.meaning}{_BETTER[metric.direction]}")
 
 
 def _defined(metric: Metric) -> Html:
-    facts = ", ".join(filter(None, (metric.unit, REDUCTIONS[metric.reduction])))
-    return join(
-        [element("dt", element("code", metric.name)), element("dd", element("code", metric.formula), f" {facts}")]
-    )
+    """The same as the hover text, for screens without a pointer."""
+    definition = element("dd", element("code", metric.formula), f" {_facts(metric)}")
+    return join([element("dt", element("code", metric.name)), definition])
+
+
+def _facts(metric: Metric) -> str:
+    return ", ".join(filter(None, (metric.unit, REDUCTIONS[metric.reduction])))
 
 
 def _trend(series: Series, unit: str) -> str:
@@ -139,24 +137,23 @@ def over_optimisation_figure(run: Run) -> Html | None:
     """Proxy reward and gold utility against sqrt(KL): a dot per rollout step and a smoothed line each.
 
     The two have different scales, so both are gains over the first rollout in units of the standard deviation among
-    its samples (or plain gains where that was not logged). Axis: Gao et al. 2022, arXiv:2210.10760.
+    its samples (plain gains where that was not logged for both). Axis: Gao et al. 2022, arXiv:2210.10760.
     """
     kl = dict(run.metrics.get("rollout/kl_per_sequence_nats", ()))
+    names = {"rollout/score": "proxy: the reward model", "rollout/gold_utility": "gold: true utility"}
+    logged = [name for name in names if f"{name}/mean" in run.metrics]
+    spreads = {name: _first_spread(run.metrics.get(f"{name}/std", ())) for name in logged}
+    scaled = all(spreads.values())
     series: list[Series] = []
-    scaled = True
-    for colour, (label, name) in enumerate(
-        (("proxy: the reward model", "rollout/score"), ("gold: true utility", "rollout/gold_utility"))
-    ):
+    for colour, name in enumerate(logged):
         values = [
             (math.sqrt(max(0.0, kl[step])), value)
-            for step, value in run.metrics.get(f"{name}/mean", ())
+            for step, value in run.metrics[f"{name}/mean"]
             if math.isfinite(value) and math.isfinite(kl.get(step, math.nan))
         ]
         if len(values) < 3:
             continue
-        spreads = [spread for _, spread in run.metrics.get(f"{name}/std", ()) if spread > 0]
-        scaled = scaled and bool(spreads)
-        unit, first = (spreads[0] if spreads else 1.0), values[0][1]
+        label, unit, first = names[name], spreads[name] if scaled else 1.0, values[0][1]
         dots = sorted((x, (value - first) / unit) for x, value in values)
         xs, ys = tuple(x for x, _ in dots), tuple(y for _, y in dots)
         line_xs, line_ys = smoothed(xs, ys)
@@ -164,10 +161,14 @@ def over_optimisation_figure(run: Run) -> Html | None:
         series.append(Series(label, line_xs, line_ys, colour))
     if not series:
         return None
-    unit = "gain (SDs of the first rollout)" if scaled else "gain since the first rollout"
+    y_label = "gain (SDs of the first rollout)" if scaled else "gain since the first rollout"
     title = "Reward against distance"
-    chart = xy_chart(series, title=title, x_label="\u221aKL to the reference (\u221anats)", y_label=unit)
+    chart = xy_chart(series, title=title, x_label="\u221aKL to the reference (\u221anats)", y_label=y_label)
     return figure(title, chart, key=legend(series), caption=_over_optimisation_caption(series))
+
+
+def _first_spread(points: Points) -> float:
+    return next((spread for _, spread in points if spread > 0), 0.0)
 
 
 def _over_optimisation_caption(series: Sequence[Series]) -> str:
@@ -221,8 +222,8 @@ def calibration_figure(run: Run) -> Html | None:
     chart = calibration_plot(run.calibration, title="Calibration of the reward model")
     total = sum(n for _, _, n in run.calibration)
     caption = (
-        "When the reward model says an answer is preferred with 80%, annotators should prefer it 8 times in 10: the "
-        f"points should lie on the diagonal. Bars are 95% intervals, n = {number(total)} held-out comparisons."
+        "When the reward model is 80% sure which answer is preferred, it should be right 8 times in 10: the points "
+        f"should lie on the diagonal. Bars are 95% intervals, n = {number(total)} held-out comparisons."
     )
     return figure("Calibration of the reward model", chart, caption=caption)
 
@@ -248,7 +249,10 @@ def comparison_figure(comparisons: Sequence[Estimate], title: str = "Win rates")
     rows = [item for item in comparisons if math.isfinite(item.value)]
     if not rows:
         return None
-    plot = forest_plot([ForestRow(item.name, item.value, item.low, item.high, item.n) for item in rows], title=title)
+    several = len({item.source for item in rows}) > 1
+    labels = [f"{item.name} ({item.source})" if several and item.source else item.name for item in rows]
+    named = zip(labels, rows, strict=True)
+    plot = forest_plot([ForestRow(name, row.value, row.low, row.high, row.n) for name, row in named], title=title)
     verdicts = element("ul", *(_verdict(item) for item in rows), class_="verdicts")
     caption = "Bars are 95% intervals. At 50% the two are equally good; ties count half."
     return element("div", figure(title, plot, caption=caption), verdicts, class_="card split")
@@ -263,63 +267,6 @@ def _verdict(item: Estimate) -> Html:
         words = "worse, by more than chance explains"
     else:
         words = "no difference shown: the interval includes 50%"
-    detail = f"{with_interval(item.value, item.low, item.high, item.n, item.unit)}; {item.meaning}"
+    judge = f", judged by {item.source}" if item.source else ""
+    detail = f"{with_interval(item.value, item.low, item.high, item.n, item.unit)}{judge}"
     return element("li", element("b", item.name), f": {words}.", element("div", detail, class_="detail"))
-
-
-def key_figures(estimates: Sequence[Estimate]) -> Html:
-    return element("div", *(_tile(item) for item in estimates), class_="tiles")
-
-
-def _tile(item: Estimate) -> Html:
-    bare = item.unit if item.unit in {"fraction", "seconds"} else None
-    spread = [] if item.unit == bare or not item.unit else [item.unit]
-    if item.low is not None and item.high is not None:
-        spread.append(f"95% interval {quantity(item.low, bare)} to {quantity(item.high, bare)}")
-    if item.n is not None:
-        spread.append(f"n\u00a0=\u00a0{number(item.n)}")
-    declared = METRICS.get(item.name)
-    return element(
-        "div",
-        element("div", item.name, class_="name", title=declared.formula if declared else None),
-        element("div", quantity(item.value, bare), class_="value"),
-        element("div", ", ".join(spread), class_="spread") if spread else None,
-        element("div", item.meaning, class_="why") if item.meaning else None,
-        class_="card tile",
-    )
-
-
-def account(paragraphs: Sequence[str]) -> Html:
-    return element("div", *(element("p", text) for text in paragraphs), class_="card account")
-
-
-def warnings(messages: Sequence[str]) -> list[Html]:
-    return [element("div", element("p", text), class_="warning", role="note") for text in messages]
-
-
-def exchanges(items: Sequence[Exchange]) -> list[Html]:
-    """Prompts, each with its answers side by side. Colours follow the order of the answers."""
-    return [
-        element(
-            "article",
-            element("p", item.prompt, class_="prompt"),
-            element("div", *(_answer(i, answer) for i, answer in enumerate(item.answers)), class_="answers"),
-            class_="card exchange",
-        )
-        for item in items
-    ]
-
-
-def _answer(index: int, answer: Answer) -> Html:
-    said = (
-        element("div", answer.text, class_="said") if answer.text.strip() else element("div", "empty", class_="empty")
-    )
-    notes = element("span", ", ".join(answer.notes)) if answer.notes else None
-    who = element("div", element("b", answer.who), notes, class_="who")
-    return element("div", who, said, class_=f"answer c{index % 6}")
-
-
-def key_value_table(rows: Sequence[tuple[str, str]]) -> Html:
-    return element(
-        "table", *(element("tr", element("th", key, scope="row"), element("td", value)) for key, value in rows)
-    )

@@ -18,7 +18,7 @@ from accord.metrics import METRICS
 from accord.report.html import number
 from accord.report.svg import Draw, Series
 
-__all__ = ["Answer", "Curve", "Estimate", "Exchange", "Run", "Sample", "read_run"]
+__all__ = ["Answer", "Curve", "Estimate", "Exchange", "Points", "Run", "Sample", "read_run"]
 
 Points = tuple[
     tuple[float, float], ...
@@ -27,7 +27,10 @@ Points = tuple[
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A number with what is known about its uncertainty: a headline number or a comparison."""
+    """A number with what is known about its uncertainty.
+
+    `source` is the model that a headline number describes, or the judge of a comparison; "" = the run itself, unknown.
+    """
 
     name: str
     value: float
@@ -36,6 +39,7 @@ class Estimate:
     n: int | None
     unit: str | None
     meaning: str
+    source: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,7 @@ class Sample:
     prompt: str
     completion: str
     score: float | None
-    notes: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +117,9 @@ def read_run(folder: Path) -> Run:
             stage=str(summary.get("stage") or summary.get("name") or folder.resolve().name),
             finished=bool(summary),
             seconds=_optional(summary.get("seconds")),
-            headline=tuple(_estimate(item["name"], item) for item in summary.get("headline", ())),
+            headline=tuple(
+                _estimate(row["name"], row, row.get("model", "")) for row in summary.get("headline", ())
+            ),
             account=tuple(summary.get("account", ())),
             warnings=tuple(summary.get("warnings", ())),
             comparisons=_comparisons(summary),
@@ -178,7 +184,7 @@ def _gap(value: Any) -> float:
     return found if math.isfinite(found) else math.nan
 
 
-def _estimate(name: str, item: dict[str, Any]) -> Estimate:
+def _estimate(name: str, item: dict[str, Any], source: str) -> Estimate:
     """Unit and meaning come from the registry of metrics where the item does not bring its own."""
     declared = METRICS.get(name)
     return Estimate(
@@ -189,20 +195,23 @@ def _estimate(name: str, item: dict[str, Any]) -> Estimate:
         n=None if item.get("n") is None else int(item["n"]),
         unit=item.get("unit") or (declared.unit if declared else None),
         meaning=item.get("meaning") or (declared.meaning if declared else ""),
+        source=source,
     )
 
 
 def _comparisons(summary: dict[str, Any]) -> tuple[Estimate, ...]:
     listed = [(item["name"], item) for item in summary.get("comparisons", ())]
     pairs = listed + list(summary.get("win_rates", {}).items())
-    return tuple(
-        _estimate(name, {"unit": "fraction", "meaning": f"judged by {item.get('judge', 'the blind judge')}", **item})
-        for name, item in pairs
-    )
+    return tuple(_estimate(name, {"unit": "fraction", **item}, _judge(item.get("judge", ""))) for name, item in pairs)
+
+
+def _judge(name: str) -> str:
+    """How the true utility of a simulator is called on the page; other judges keep their names."""
+    return "true utility" if name == "gold" else name
 
 
 def _exchange(item: dict[str, Any]) -> Exchange:
-    kinds = [(label, item[key]) for key, label in (("scores", "score"), ("gold", "true utility")) if key in item]
+    kinds = [(label, item[key]) for key, label in (("scores", "score"), ("gold", _judge("gold"))) if key in item]
     return Exchange(
         item["prompt"],
         tuple(
@@ -260,14 +269,21 @@ def _sample(row: dict[str, Any]) -> Sample:
         prompt=str(row["prompt"]),
         completion=str(row["completion"]),
         score=_optional(row.get("score")),
-        notes=tuple((key, str(value)) for key, value in row.items() if key not in known),
+        notes=tuple(_note(key, value) for key, value in row.items() if key not in known),
     )
+
+
+def _note(key: str, value: Any) -> str:
+    shown = number(value) if isinstance(value, float) else {True: "yes", False: "no"}.get(value, value)
+    return f"{_judge(key)} {shown}"
 
 
 def _flatten(prefix: str, value: Any) -> list[tuple[str, str]]:
     """Nested JSON as (dotted key, text) rows."""
     if isinstance(value, dict):
         return [row for key, inner in value.items() for row in _flatten(f"{prefix}.{key}" if prefix else key, inner)]
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return _flatten(prefix, {str(i): item for i, item in enumerate(value, start=1)})
     if isinstance(value, list):
         return [(prefix, " ".join(str(item) for item in value))]
     return [(prefix, str(value))]

@@ -9,14 +9,16 @@ What it reads. Every file and every key marked * may be missing; what is missing
     summary.json    written last, so a folder without it is a run in progress:
         stage*          str, which stage this is: sft, reward, ppo, evaluate, ...
         seconds*        number
-        headline*       [{name, value, low*, high*, n*, unit*, meaning*}]; low and high bound the 95% interval. Where
-                        name is a declared metric, unit and meaning are filled in. Unit "fraction" is shown as percent,
-                        "seconds" as a duration
+        headline*       [{name, value, low*, high*, n*, unit*, meaning*, model*}]; low and high bound the 95% interval.
+                        Where name is a declared metric, unit and meaning are filled in. Unit "fraction" is shown as
+                        percent, "seconds" as a duration. Numbers with a model make a table, a column for each model
         account*        [str], paragraphs in plain words: what happened
         warnings*       [str]
-        comparisons*    [{name, value, low*, high*, n*, judge*}], win rates in [0, 1], named like "ppo over sft"
+        comparisons*    [{name, value, low*, high*, n*, judge*}], win rates in [0, 1], named like "ppo over sft"; judge
+                        "gold" is the true utility
         win_rates*      {name: {value, low*, high*, n*, judge*}}, the same in the form of a whole run's summary
-        calibration*    [{predicted, observed, n}], of held-out comparisons, one per bin, shares in [0, 1]
+        calibration*    [{predicted, observed, n}], of held-out comparisons, one per bin: how sure the reward
+                        model is that the answer with the higher score is preferred, in [0.5, 1], and how often it is
         curves*         [{title, x_label, y_label, note*, series: [{label, x, y, low*, high*, labels*, draw*}]}]; draw
                         is "line", "points" or "labelled" (points with their labels printed)
         side_by_side*   [{prompt, answers: {who: text}, scores*: {who: number}, gold*: {who: number}}]; gold is the
@@ -27,21 +29,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from accord.report.blocks import account, exchanges, key_figures, key_value_table, warnings
 from accord.report.html import Html, duration, element, number, page, section
 from accord.report.panels import (
-    account,
     calibration_figure,
     comparison_figure,
     curve_figure,
-    exchanges,
     grid,
-    key_figures,
-    key_value_table,
     metric_figures,
     other_metric_figures,
     over_optimisation_figure,
     score_figure,
-    warnings,
 )
 from accord.report.reading import Answer, Exchange, Run, Sample, read_run
 
@@ -62,7 +60,7 @@ STAGES: dict[str, tuple[str, str]] = {
     ),
     "evaluate": ("Evaluation", "The models answer held-out prompts, and a blind judge compares their answers."),
 }
-_MOST_EXCHANGES = 12
+_FIRST_SAMPLES, _LAST_SAMPLES = 4, 8
 
 
 def stage_report(run_folder: Path) -> Path:
@@ -81,11 +79,11 @@ def stage_report(run_folder: Path) -> Path:
         *warnings(run.warnings),
     )
     parts = [
-        ("Headline numbers", [key_figures(run.headline)] if run.headline else []),
+        ("Headline numbers", list(key_figures(run.headline))),
         ("What happened", [account(run.account)] if run.account else []),
         ("Comparisons", [comparison_figure(run.comparisons)]),
         ("Curves", _curves(run)),
-        ("Samples", exchanges((*run.side_by_side, *_over_time(run.samples))[:_MOST_EXCHANGES])),
+        ("Samples", list(exchanges((*run.side_by_side, *_over_time(run.samples))))),
         ("Configuration and versions", _provenance(run)),
     ]
     shown = [(name, [child for child in children if child is not None]) for name, children in parts]
@@ -110,21 +108,20 @@ def _curves(run: Run) -> list[Html | None]:
 
 
 def _over_time(samples: tuple[Sample, ...]) -> list[Exchange]:
-    """The logged prompts, latest first, each with its first and its last completion."""
+    """The first and the last logged prompts, each with its first completion and, if it came back, its last one."""
     by_prompt: dict[str, list[Sample]] = {}
-    for sample in sorted(samples, key=lambda sample: -sample.step):
+    for sample in sorted(samples, key=lambda sample: sample.step):
         by_prompt.setdefault(sample.prompt, []).append(sample)
-    return [
-        Exchange(prompt, tuple(_answer(sample) for sample in ([group[-1]] if len(group) > 1 else []) + [group[0]]))
+    told = [
+        Exchange(prompt, tuple(map(_answer, group if len(group) < 3 else (group[0], group[-1]))))
         for prompt, group in by_prompt.items()
     ]
+    return told if len(told) <= _FIRST_SAMPLES + _LAST_SAMPLES else told[:_FIRST_SAMPLES] + told[-_LAST_SAMPLES:]
 
 
 def _answer(sample: Sample) -> Answer:
     score = () if sample.score is None else (f"score {number(sample.score)}",)
-    return Answer(
-        f"step {sample.step}", sample.completion, (*score, *(f"{key} {value}" for key, value in sample.notes))
-    )
+    return Answer(f"step {sample.step}", sample.completion, (*score, *sample.notes))
 
 
 def _provenance(run: Run) -> list[Html | None]:

@@ -67,7 +67,7 @@ footer { margin-top: 64px; padding-top: 16px; border-top: 1px solid var(--rule);
 .steps .when { color: var(--muted); font-size: 0.85rem; font-variant-numeric: tabular-nums; }
 .steps p { font-size: 0.9rem; margin: 6px 0 10px; color: var(--muted); line-height: 1.5; }
 .steps dl { margin: 0 0 12px; font-size: 0.88rem; }
-.steps dt { color: var(--muted); }
+.steps dt { color: var(--muted); overflow-wrap: anywhere; }
 .steps dd { margin: 0 0 6px; font-variant-numeric: tabular-nums; font-weight: 560; }
 .steps a { margin-top: auto; font-size: 0.9rem; }
 figure { margin: 0; }
@@ -94,6 +94,14 @@ table { border-collapse: collapse; width: 100%; font-size: 0.88rem; color: var(-
 th, td { text-align: left; vertical-align: top; padding: 5px 16px 5px 0; border-bottom: 1px solid var(--rule);
   overflow-wrap: anywhere; }
 th { font-weight: 500; color: var(--muted); width: 38%; }
+th small { display: block; font-weight: 400; font-size: 0.9em; line-height: 1.4; }
+.models th[scope=row] { color: var(--ink); }
+.models th[scope=col] { color: var(--ink); font-weight: 620; width: auto; }
+.models th small { color: var(--muted); }
+.models td { font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+.models tr:last-child > * { border-bottom: 0; }
+.scroll { overflow-x: auto; }
+.tiles + .scroll, .account + .tiles, .account + .scroll { margin-top: 16px; }
 .verdicts { list-style: none; margin: 0; padding: 0; }
 .verdicts li { margin-bottom: 14px; }
 .verdicts li:last-child { margin-bottom: 0; }
@@ -122,7 +130,6 @@ svg .c3.line { stroke-dasharray: 10 4 2 4; }
 svg .c5.line { stroke-dasharray: 4 4; stroke-width: 1.25; }
 svg .band { fill: var(--c); opacity: 0.16; }
 svg .dot { fill: var(--c); opacity: 0.7; stroke: var(--card); stroke-width: 1; }
-svg .faint { opacity: 0.4; }
 svg .whisker { stroke: var(--c); stroke-width: 2.5; fill: none; }
 svg .bar { fill: var(--c); opacity: 0.45; stroke: var(--c); stroke-width: 1; }
 svg .hit { fill: transparent; }
@@ -143,6 +150,8 @@ svg .hit:hover { fill: var(--c); }
   h2, h3, .note { break-after: avoid; }
   .grid, .split { grid-template-columns: 1fr 1fr; }
   .steps { grid-template-columns: repeat(4, 1fr); }
+  .answers { grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); }
+  svg text { font-size: 15px; }
   .card, figure, .exchange, li { break-inside: avoid; }
   .answer .said { max-height: none; }
   details::details-content { content-visibility: visible; block-size: auto; }

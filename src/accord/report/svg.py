@@ -322,9 +322,10 @@ def _bin_shares(values: Sequence[float], edges: Sequence[float]) -> list[float]:
 
 
 def calibration_plot(bins: Sequence[tuple[float, float, int]], *, title: str) -> Html:
-    """Predicted against observed preference, (predicted, observed, n) per bin, with Wilson 95% intervals.
+    """Confidence against success, (predicted, observed, n) per bin, with Wilson 95% intervals.
 
-    A calibrated model lies on the diagonal.
+    `predicted` is the probability, at least 1/2, that the answer with the higher score is the preferred one; `observed`
+    the share of the bin's comparisons where it was. A calibrated model lies on the diagonal.
     """
     spreads = [_wilson(observed, n) for _, observed, n in bins]
     points = Series(
@@ -336,9 +337,9 @@ def calibration_plot(bins: Sequence[tuple[float, float, int]], *, title: str) ->
         highs=tuple(high for _, high in spreads),
         labels=tuple(f"predicted {number(predicted)}, n = {n}, observed" for predicted, _, n in bins),
     )
-    ideal = Series("calibrated", (0.0, 1.0), (0.0, 1.0), colour=5)
-    labels = {"x_label": "predicted probability", "y_label": "share the annotators preferred"}
-    return xy_chart([ideal, points], title=title, **labels, x_range=(0, 1), y_range=(0, 1))
+    ideal = Series("calibrated", (0.5, 1.0), (0.5, 1.0), colour=5)
+    labels = {"x_label": "how sure the reward model is", "y_label": "how often it is right"}
+    return xy_chart([ideal, points], title=title, **labels, x_range=(0.5, 1), y_range=(min(0.5, *points.lows), 1))
 
 
 def _wilson(share: float, n: int) -> tuple[float, float]:
