@@ -69,9 +69,9 @@ def test_groups_of_one_completion_have_the_plain_layout_and_its_mask() -> None:
 
 
 def test_an_empty_completion_ends_at_its_prompt() -> None:
-    batch = collate([token_group("ab", "", "cd")], layout="shared", pad_id=PAD)
-    assert batch.last_index.tolist() == [1, 3]
-    assert batch.valid_mask.tolist() == [[False, False], [True, True]]
+    batch = collate([token_group("ab", "cd", "")], layout="shared", pad_id=PAD)
+    assert batch.last_index.tolist() == [3, 1]
+    assert batch.valid_mask.tolist() == [[True, True], [False, False]]
 
 
 def test_the_cost_counts_what_the_layout_repeats() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Gemma3Config
 
 from accord.errors import ConfigError
 from accord.models.layout import CompletionBatch, collate
@@ -16,6 +17,7 @@ from accord.models.load import reward_model_from, value_model_from
 from accord.models.projection import LogitTransform, token_logprobs
 from accord.models.self_check import check_layouts
 from accord.models.token_scores import (
+    attention_window,
     last_hidden_states,
     score_completions,
     score_tokens,
@@ -329,6 +331,11 @@ def test_sequences_longer_than_the_attention_window_need_the_plain_layout() -> N
 def test_a_window_that_no_layer_uses_is_no_window() -> None:
     model = tiny_model("gemma3_text", sliding_window=4, layer_types=["full_attention", "full_attention"])
     assert check_layouts(model, GROUPS, PAD_ID).layout == "shared"
+
+
+def test_a_model_for_text_and_images_has_the_window_of_its_text_part() -> None:
+    config = Gemma3Config(text_config={"sliding_window": 16})
+    assert attention_window(config) == 16
 
 
 def test_attention_that_takes_no_mask_needs_the_plain_layout() -> None:

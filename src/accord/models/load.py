@@ -22,6 +22,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
 )
+from transformers.utils import logging as transformers_logging
 
 from accord.errors import ConfigError
 from accord.models.heads import fill_head, scalar_head
@@ -35,6 +36,9 @@ __all__ = [
     "save_model",
     "value_model_from",
 ]
+
+# Accord shows the progress of a stage; bars for reading and writing files would tear it apart.
+transformers_logging.disable_progress_bar()
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 

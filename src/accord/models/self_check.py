@@ -89,8 +89,8 @@ def _own_logprobs(model: Any, groups: Sequence[TokenGroup], like: Tensor) -> Ten
 
 def _reason_for_plain(model: Any, longest: int) -> str:
     """Why this model cannot share prompts whatever a short comparison says; "" if it may."""
-    config, name = model.config, type(model).__name__
-    attention = config._attn_implementation
+    config, name = model.config.get_text_config(), type(model).__name__
+    attention = model.config._attn_implementation
     if attention not in {"sdpa", "eager"}:
         return f"attention implementation {attention!r} takes no mask of ours (sdpa and eager do)"
     window = attention_window(config)

@@ -94,7 +94,11 @@ def last_hidden_states(model: Any, batch: CompletionBatch) -> Tensor:
 
 
 def attention_window(config: Any) -> int | None:
-    """Tokens that the narrowest attention layer looks back over, itself included; None = all of them."""
+    """Tokens that the narrowest attention layer looks back over, itself included; None = all of them.
+
+    The attention of a model for text and images is described by its text configuration.
+    """
+    config = config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and not any(kind in {"sliding_attention", "chunked_attention"} for kind in kinds):
         return None
@@ -141,7 +145,7 @@ def _as_model_mask(model: Any, mask: Tensor) -> Tensor:
 
 def _logit_transform(model: Any, temperature: float) -> LogitTransform:
     """The model's own changes to its logits, from the names transformers' configurations give them."""
-    config = model.config
+    config = model.config.get_text_config()
     return LogitTransform(
         scale=(getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0),
         softcap=getattr(config, "final_logit_softcapping", None),
