@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accord.errors import AccordError, CheckpointError
+from accord.errors import AccordError, CheckpointError, TrainingError
 from accord.training import runfolder
 from accord.training.atomic import write_text
 from accord.training.runfolder import RunFolder
@@ -49,6 +51,13 @@ def test_the_same_run_under_another_out_continues_and_adds_a_start(tmp_path: Pat
     with open_run(tmp_path, CONFIG | {"out": str(tmp_path)}) as run:
         assert run.notes == ()
     assert len(json.loads((tmp_path / "run.json").read_text())["starts"]) == 2
+
+
+def test_a_sequence_in_the_configuration_is_recognised_as_tuple_and_as_list(tmp_path: Path) -> None:
+    open_run(tmp_path, {"betas": (0.9, 0.95)}).__exit__()
+    open_run(tmp_path, {"betas": (0.9, 0.95)}).__exit__()
+    open_run(tmp_path, {"betas": [0.9, 0.95]}).__exit__()
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"betas": [0.9, 0.95]}
 
 
 def test_another_run_in_the_folder_is_refused_with_each_difference(tmp_path: Path) -> None:
@@ -173,7 +182,8 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
             open_run(tmp_path, {}, {})
         process.send_signal(signal.SIGKILL)
         process.wait()
-    open_run(tmp_path, {}, {}).__exit__()
+    with open_run(tmp_path, {}, {}):
+        assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
 
 
 def log_steps(run: RunFolder, steps: range) -> None:
@@ -199,6 +209,18 @@ def test_logs_cut_at_any_byte_continue_as_if_never_interrupted(tmp_path: Path) -
             assert {name: len((tmp_path / name).read_bytes()) for name in synced} == synced
             log_steps(run, range(3, 5))
         assert {name: (tmp_path / name).read_bytes() for name in synced} == whole
+
+
+def test_a_line_without_its_line_end_is_dropped(tmp_path: Path) -> None:
+    with open_run(tmp_path) as run:
+        run.truncate_after(0)
+        log_steps(run, range(1, 3))
+    metrics = tmp_path / "metrics.jsonl"
+    first, second = metrics.read_bytes().splitlines(keepends=True)
+    metrics.write_bytes(first + second[:-1])
+    with open_run(tmp_path) as run:
+        run.truncate_after(2)
+    assert metrics.read_bytes() == first
 
 
 def test_zeros_that_a_power_cut_left_at_the_end_are_dropped(tmp_path: Path) -> None:
@@ -252,20 +274,33 @@ def test_lines_reach_the_system_before_the_next_one_is_asked_for(tmp_path: Path)
         assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1, "l": 1}\n'
 
 
-def test_a_finished_run_has_its_summary_and_synced_its_logs_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    synced: list[str] = []
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of what was made durable, in order."""
+    names: list[str] = []
     real_fsync = os.fsync
 
     def fsync(descriptor: int) -> None:
-        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        names.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
         real_fsync(descriptor)
 
+    monkeypatch.setattr(os, "fsync", fsync)
+    return names
+
+
+def test_the_names_of_new_folders_and_logs_are_made_durable(tmp_path: Path, synced: list[str]) -> None:
+    with open_run(tmp_path / "runs" / "demo") as run:
+        assert synced[:2] == [tmp_path.name, "runs"]
+        synced.clear()
+        run.truncate_after(0)
+        assert synced == ["metrics.jsonl", "samples.jsonl", "demo"]
+
+
+def test_a_finished_run_has_its_summary_and_synced_its_logs_first(tmp_path: Path, synced: list[str]) -> None:
     with open_run(tmp_path) as run:
         run.truncate_after(0)
         log_steps(run, range(1, 2))
-        monkeypatch.setattr(os, "fsync", fsync)
+        synced.clear()
         run.finish({"win_rate": 0.7})
         assert run.finished == {"win_rate": 0.7}
     assert synced[:2] == ["metrics.jsonl", "samples.jsonl"]
@@ -274,15 +309,32 @@ def test_a_finished_run_has_its_summary_and_synced_its_logs_first(
         assert run.finished == {"win_rate": 0.7}
 
 
+@contextmanager
+def disk_that_refuses_files_above(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_fills_up_under_a_log_is_a_clear_error_and_repaired_on_resume(tmp_path: Path) -> None:
+    with open_run(tmp_path) as run:
+        run.truncate_after(0)
+        run.append_metrics(1, {"l": 1})
+        with disk_that_refuses_files_above(30), pytest.raises(TrainingError, match=r"metrics\.jsonl.*Make room"):
+            run.append_metrics(2, {"l": 2})
+    assert len((tmp_path / "metrics.jsonl").read_bytes()) == 30
+    with open_run(tmp_path) as run:
+        run.truncate_after(2)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1, "l": 1}\n'
+
+
 def test_a_write_the_disk_refuses_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
     write_text(path, "old")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    try:
-        with pytest.raises(AccordError, match=str(path)):
-            write_text(path, "x" * 1000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with disk_that_refuses_files_above(100), pytest.raises(AccordError, match=str(path)):
+        write_text(path, "x" * 1000)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
