@@ -105,10 +105,11 @@ def _to_sft(group: Group, dropped: Counter[str]) -> tuple[Group, ...]:
         reason = "undesirable answers"
     else:
         ranked = _ranked(group, dropped)
-        best = [item for item in ranked.completions if item.rank == 0] if ranked else []
         if ranked is None:
             return ()
-        best, reason = (best, "") if len(best) < len(ranked.completions) else ([], "ties")
+        top = min(item.rank or 0 for item in ranked.completions)
+        best = [item for item in ranked.completions if item.rank == top and not _all_tied(ranked)]
+        reason = "ties"
     if not best:
         dropped[reason] += 1
         return ()
@@ -135,9 +136,13 @@ def _ranked(group: Group, dropped: Counter[str]) -> Group | None:
     return Group(group.prompt, ranked, reference=group.reference)
 
 
+def _all_tied(group: Group) -> bool:
+    return len({item.rank for item in group.completions}) == 1
+
+
 def _to_ranked(group: Group, dropped: Counter[str]) -> tuple[Group, ...]:
     ranked = _ranked(group, dropped)
-    if ranked is not None and len({item.rank for item in ranked.completions}) == 1:
+    if ranked is not None and _all_tied(ranked):
         dropped["ties"] += 1
         return ()
     return (ranked,) if ranked else ()
@@ -154,25 +159,28 @@ def _to_pairs(group: Group, dropped: Counter[str]) -> tuple[Group, ...]:
         elif first.messages == second.messages:
             dropped["pairs of identical answers"] += 1
         else:
-            pairs.append(ranked if group.kind == "pairs" else _pair(ranked, first, second))
+            pairs.append(_pair(ranked, first, second))
     return tuple(pairs)
 
 
-def _pair(group: Group, first: Completion, second: Completion) -> Group:
-    margin = first.score - second.score if first.score is not None and second.score is not None else None
-    pair = (replace(first, rank=0), replace(second, rank=1))
-    return Group(group.prompt, pair, margin=margin, reference=group.reference)
+def _pair(group: Group, chosen: Completion, rejected: Completion) -> Group:
+    """Chosen first. A pair keeps its margin; a pair out of a list has the difference of its scores."""
+    made = replace(group, completions=(replace(chosen, rank=0), replace(rejected, rank=1)))
+    if len(group.completions) == 2 and group.margin is not None:
+        return made
+    scored = chosen.score is not None and rejected.score is not None
+    return replace(made, margin=chosen.score - rejected.score if scored else None)  # type: ignore[operator]
 
 
 def _to_rated(group: Group, dropped: Counter[str]) -> tuple[Group, ...]:
     if group.kind == "rated":
         return (group,)
     if group.kind == "pairs":
-        best, worst = group.completions
-        if best.rank == worst.rank:
+        if _all_tied(group):
             dropped["ties"] += 1
             return ()
-        judged = (Completion(item.messages, label=item.rank == 0) for item in group.completions)
+        top = min(item.rank or 0 for item in group.completions)
+        judged = (Completion(item.messages, label=item.rank == top) for item in group.completions)
     elif group.kind == "ranked" and all(item.score is not None for item in group.completions):
         judged = (replace(item, rank=None) for item in group.completions)
     else:

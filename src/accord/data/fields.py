@@ -79,7 +79,7 @@ class Row:
 
     def has(self, *names: str) -> bool:
         """Any of the names is there."""
-        return any(name in self._fields for name in names)
+        return not self._fields.keys().isdisjoint(names)
 
     def peek(self, name: str) -> object:
         return self._fields.get(name)
@@ -255,10 +255,6 @@ def completion(
     label: bool | None = None,
 ) -> Completion:
     """A completion that continues the prompt in a proper order of turns and ends with the assistant."""
-    if not prompt:
-        raise UnusableRow(
-            "prompt", "nothing before the answer", "a prompt", "Add it, or name its column: --map prompt=column."
-        )
     check_order((*prompt, *messages), field)
     if not messages or messages[-1].role != "assistant":
         found = f"a last turn by {messages[-1].role}" if messages else "no answer"

@@ -175,6 +175,12 @@ def _post_prompt(post: Row) -> tuple[Message, ...]:
     return (Message("user", tldr_prompt(*parts)),)
 
 
+def _summary(value: object, field: str) -> Message:
+    """One space before the text, always: the published comparisons have it and the published demonstrations do not, and
+    after "TL;DR:" it decides the answer's first token."""
+    return Message("assistant", " " + text(value, field).strip())
+
+
 def read_comparison(row: Row) -> tuple[Group, ...]:
     """{info: {subreddit, title, post}, summaries: [{text}, {text}], choice: 0 or 1}."""
     info = Row(row.get("info"), row.left_out)
@@ -183,11 +189,9 @@ def read_comparison(row: Row) -> tuple[Group, ...]:
         raise UnusableRow("summaries", describe(summaries), "a list of two summaries", "Correct the row.")
     if choice not in (0, 1):
         raise UnusableRow("choice", describe(choice), "0 or 1, the index of the better summary", "Correct the choice.")
-    # Comparison files write a leading space before a summary and demonstration files do not: neither keeps it.
     fields = ("summaries[0].text", "summaries[1].text")
     answers = [
-        (Message("assistant", text(Row(item, row.left_out).get("text"), field).strip()),)
-        for item, field in zip(summaries, fields, strict=True)
+        (_summary(Row(item, row.left_out).get("text"), field),) for item, field in zip(summaries, fields, strict=True)
     ]
     return (judged_pair(_post_prompt(info), answers[0], answers[1], Verdict(int(choice)), fields),)
 
@@ -196,5 +200,5 @@ def read_tldr(row: Row) -> tuple[Group, ...]:
     prompt, names = _post_prompt(row), ("summary", "tldr", "completion", "label")
     if not row.has(*names):
         return (Group(prompt),)
-    answer = Message("assistant", text(row.get(*names), row.name(*names)).strip())
+    answer = _summary(row.get(*names), row.name(*names))
     return (Group(prompt, (completion(prompt, (answer,), row.name(*names)),)),)

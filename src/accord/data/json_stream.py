@@ -161,15 +161,16 @@ def _next_value(reader: JsonReader, buffer: _Buffer, max_bytes: int) -> tuple[in
         try:
             value, end, problem = reader.raw_decode(buffer.text, buffer.position)
         except json.JSONDecodeError as error:
-            cut = error.msg.startswith("Unterminated") or error.pos >= len(buffer.text) - _NEAR_END
+            incomplete = error.msg.startswith("Unterminated") or error.pos >= len(buffer.text) - _NEAR_END
             if len(buffer.text) - buffer.position > max_bytes:
                 raise DataError(
                     f"{buffer.path}:{line}: one row is larger than {max_bytes >> 20} MiB, or a quote is never closed."
                 ) from error
-            if cut and not buffer.ended:
+            if incomplete and not buffer.ended:
                 buffer.grow()
                 continue
             at = line + buffer.text.count("\n", buffer.position, error.pos)
+            cut = error.msg.startswith("Unterminated") or error.pos >= len(buffer.text.rstrip())
             what = "the file is cut off in the middle of a row" if cut else f"invalid JSON ({error.msg})"
             raise DataError(f"{buffer.path}:{at}: {what}; nothing after it can be read. Repair the file.") from error
         except (RecursionError, ValueError) as error:

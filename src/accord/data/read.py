@@ -82,15 +82,18 @@ def scan(path: str | Path, *, format: str | None = None, fields: Mapping[str, st
     parts, notes = parts_of(Path(path))
     containers = [open_container(part) for part in parts]
     mapping = _checked_mapping(fields or {})
-    formats = {part.path: format_named(format) if format else _detect(part, mapping) for part in containers}
-    first = containers[0]
-    for part in containers:
-        if formats[part.path] is not formats[first.path]:
+    samples = [_sample(part, mapping) for part in containers]
+    detected = [
+        format_named(format) if format else _detect(part, sample, mapping)
+        for part, sample in zip(containers, samples, strict=True)
+    ]
+    for part, found in zip(containers, detected, strict=True):
+        if found is not detected[0]:
             raise DataError(
-                f"{part.path}: the format is {formats[part.path].name}, but {first.path} in the same folder is "
-                f"{formats[first.path].name}. Read them separately, or force one with --format."
+                f"{part.path}: the format is {found.name}, but {containers[0].path} in the same folder is "
+                f"{detected[0].name}. Read them separately, or force one with --format."
             )
-    return Scan(Path(path), tuple(containers), formats[first.path], mapping, notes, forced=format is not None)
+    return Scan(Path(path), tuple(containers), detected[0], mapping, notes, forced=format is not None)
 
 
 class Scan:
@@ -141,8 +144,6 @@ class Scan:
                 continue
             self.usable += 1
             yield from (replace(group, origin=raw.origin) for group in groups)
-        if self.rows == 0:
-            raise DataError(f"{self.path}: the file holds no rows.")
 
     def _add(self, problem: Problem) -> None:
         self.problem_count += 1
@@ -232,40 +233,38 @@ def _follow(value: object, path: str) -> object:
     return _follow(inner, rest) if rest else inner
 
 
-def _detect(container: Container, mapping: Mapping[str, str]) -> Format:
-    """The format most of the first rows have."""
-    votes: Counter[str] = Counter()
-    sample: list[object] = []
-    for raw in islice(container.rows(), DETECT_ROWS):
-        if raw.problem is not None:
-            continue
-        sample.append(raw.value)
-        if isinstance(raw.value, Mapping | str):
-            found = detect_format(_row(raw.value, mapping, Counter()))
-            votes[found.name if found else ""] += 1
+def _sample(container: Container, mapping: Mapping[str, str]) -> list[object]:
+    """The first rows that can be parsed. Raises DataError when there are none, or when a mapped path leads nowhere."""
+    first = list(islice(container.rows(), DETECT_ROWS))
+    sample = [raw.value for raw in first if raw.problem is None]
+    if not first:
+        raise DataError(f"{container.path}: the file holds no rows.")
+    if not sample:
+        problem = next(raw.problem.at(raw.origin) for raw in first if raw.problem)
+        raise DataError(f"{container.path}: none of the first {len(first)} rows can be parsed. The first: {problem}")
     for name, path in mapping.items():
-        if sample and all(_follow(value, path) is None for value in sample):
+        if all(_follow(value, path) is None for value in sample):
             raise DataError(f"{container.path}: --map {name}={path}: no row has anything there. {_columns(sample)}")
-    known = {name: count for name, count in votes.items() if name}
-    if known:
-        return format_named(max(known, key=lambda name: known[name]))
-    raise DataError(_unknown(container, sample))
+    return sample
+
+
+def _detect(container: Container, sample: list[object], mapping: Mapping[str, str]) -> Format:
+    """The format most of the first rows have."""
+    rows = (_row(value, mapping, Counter()) for value in sample if isinstance(value, Mapping | str))
+    votes = Counter(found.name for found in map(detect_format, rows) if found)
+    if votes:
+        return format_named(votes.most_common(1)[0][0])
+    if not _columns(sample):
+        raise DataError(f"{container.path}: the rows are no objects with named fields but {describe(sample[0])}.")
+    raise DataError(
+        f"{container.path}: no known format. {_columns(sample)} Expected one of: {', '.join(f.name for f in FORMATS)} "
+        "(see docs/data-formats.md). If they mean the same, name them: --map prompt=COLUMN --map completion=COLUMN."
+    )
 
 
 def _columns(sample: list[object]) -> str:
     names = list(dict.fromkeys(plain(str(key)) for value in sample if isinstance(value, Mapping) for key in value))
     return f"The columns are: {', '.join(names[:20])}." if names else ""
-
-
-def _unknown(container: Container, sample: list[object]) -> str:
-    if not sample:
-        return f"{container.path}: none of the first {DETECT_ROWS} rows of this {container.kind} file can be parsed."
-    if not _columns(sample):
-        return f"{container.path}: the rows are no objects with named fields but {describe(sample[0])}."
-    return (
-        f"{container.path}: no known format. {_columns(sample)} Expected one of: {', '.join(f.name for f in FORMATS)} "
-        "(see docs/data-formats.md). If they mean the same, name them: --map prompt=COLUMN --map completion=COLUMN."
-    )
 
 
 def _fingerprint(parts: tuple[Path, ...]) -> str:
