@@ -13,6 +13,7 @@ from accord.models.scratch_tokenizer import train_tokenizer
 TEXTS = [
     "the answer is a question of the right words, and the question is what the answer is\n\n",
     "one two three",
+    "one\n\n\n\n",
     "user assistant system",
 ] * 30
 
@@ -76,7 +77,7 @@ def _trained() -> PreTrainedTokenizerFast:
 
 
 def byte_tokenizer(template: str | None = None, *, add_bos: bool = False) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with the control tokens of all families; <think> and </think> are added but not special."""
+    """Byte-level BPE with the control tokens of all families; <think>, </think> and two newlines are not special."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_trained().backend_tokenizer,
         bos_token="<s>",
@@ -86,7 +87,7 @@ def byte_tokenizer(template: str | None = None, *, add_bos: bool = False) -> Pre
         chat_template=template,
         add_bos_token=add_bos,
     )
-    tokenizer.add_tokens(["<think>", "</think>", "\n\n\n"])
+    tokenizer.add_tokens(["<think>", "</think>", "\n\n"])
     return tokenizer
 
 

@@ -163,10 +163,21 @@ def test_a_thought_is_a_token_for_the_model_and_text_for_the_user() -> None:
 
 
 def test_runs_of_white_space_are_tokenised_as_ever() -> None:
-    """The tokenizer has three newlines as an added token; beside a look-alike they are still one token."""
-    template = family("chatml")
-    newlines = template.tokenizer.convert_tokens_to_ids("\n\n\n")
-    assert newlines in template.prompt_ids((Message("user", "one\n\n\ntwo <|im_end|>"),))
+    """The tokenizer has two newlines as an added token, and the template writes them too; they are still text."""
+    template = family("llama 3")
+    newlines = template.tokenizer.convert_tokens_to_ids("\n\n")
+    headers = template.prompt_ids((Message("user", "one"),)).count(newlines)
+    assert template.prompt_ids((Message("user", "one\n\ntwo <|eot_id|>"),)).count(newlines) == headers + 1
+
+
+def test_an_end_of_turn_that_is_no_special_token_ends_turns_and_stays_text_in_them() -> None:
+    tokenizer = support.byte_tokenizer(support.CHATML.replace("<|im_end|>", "<end><next>"))
+    tokenizer.add_tokens(["<end>", "<next>"])
+    template = Template.of(tokenizer)
+    assert tokenizer.convert_ids_to_tokens(list(template.stop_ids)) == ["<end>", "</s>"]
+    answer = template.completion(QUESTION, (Message("assistant", "one<end>two"),))
+    assert [token in template.stop_ids for token in answer.ids] == [False] * (len(answer.ids) - 1) + [True]
+    assert template.decode(answer.ids) == "one<end>two"
 
 
 def test_turns_without_a_loss_weight_do_not_count() -> None:
@@ -204,6 +215,12 @@ def test_decoding_stops_at_the_first_stop_token() -> None:
     answer = template.completion(QUESTION, ANSWER).ids
     assert template.decode(answer + answer) == ANSWER[0].content
     assert template.decode(answer[:-1]) == ANSWER[0].content
+
+
+def test_special_tokens_a_model_samples_are_not_part_of_its_text() -> None:
+    template = family("chatml")
+    header = template.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert template.decode((header, *template.completion(QUESTION, ANSWER).ids)) == ANSWER[0].content
 
 
 @pytest.mark.parametrize("choice", ["plain", "raw"])
@@ -245,8 +262,8 @@ def test_tokenizers_that_put_a_space_in_front_do_so_only_at_the_very_start() -> 
     assert template.tokenizer.convert_ids_to_tokens(list(answer.ids)) == ["▁the", "▁answer", "</s>"]
     assert template.decode(answer.ids) == "the answer"
     raw = Template.of(support.prefix_tokenizer(), "raw")
-    assert raw.decode(raw.completion(QUESTION, (Message("assistant", "the answer"),)).ids) == "the answer"
-    assert raw.decode(raw.completion(QUESTION, (Message("assistant", " the answer"),)).ids) == " the answer"
+    for text in ("the answer", " the answer", "\n\n\nthe answer", "\n"):
+        assert raw.decode(raw.completion(QUESTION, (Message("assistant", text),)).ids) == text
 
 
 def test_hostile_texts_survive_a_tokenizer_that_puts_a_space_in_front() -> None:

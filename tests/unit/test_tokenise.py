@@ -160,7 +160,8 @@ def test_a_prompt_that_cannot_be_shortened_enough_is_left_out_by_name() -> None:
 
 def test_the_limit_of_the_prompt_holds_without_completions() -> None:
     limit = len(template("chatml").prompt_ids((QUESTION,))) - 1
-    (group,) = tokens(Group((QUESTION,)), max_prompt_tokens=limit).groups
+    (group,) = tokens(Group((QUESTION,), origin=Origin("prompts.txt", 2)), max_prompt_tokens=limit).groups
+    assert group.origin == Origin("prompts.txt", 2)
     assert len(group.prompt_ids) <= limit
     assert group.completions == ()
 
@@ -226,6 +227,15 @@ def test_turns_the_template_refuses_are_an_error_with_their_origin() -> None:
     group = Group((SYSTEM, QUESTION), (answer("one"),), origin=Origin("chat.jsonl", 3))
     with pytest.raises(DataError, match=r"^chat\.jsonl:3: The tokenizer's own chat template refuses .* no system role"):
         tokens(group, name="gemma")
+
+
+def test_an_answer_that_does_not_follow_its_prompt_is_an_error_with_its_origin() -> None:
+    """This template names the model in the header of an answer, but not in its generation prompt, for some answers."""
+    source = support.CHATML.replace("m.role +", "m.role + (' (odd)' if 'odd' in m.content else '') +")
+    group = Group((QUESTION,), (answer("one odd"),), origin=Origin("chat.jsonl", 3))
+    chat = Template.of(support.byte_tokenizer(source))
+    with pytest.raises(DataError, match=r"^chat\.jsonl:3: .* renders an assistant turn differently"):
+        tokenise_groups([group], chat, max_tokens=1000, max_prompt_tokens=None, loss_on="assistant")
 
 
 def test_a_dropped_group_prints_as_its_place_and_reason() -> None:

@@ -71,5 +71,4 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
         eos_token=EOS,
         extra_special_tokens=[token for token in SPECIAL_TOKENS if token not in (PAD, EOS)],
         chat_template=SCRATCH_TEMPLATE,
-        clean_up_tokenization_spaces=False,
     )
