@@ -337,6 +337,8 @@ def test_the_overview_shows_every_stage_and_links_to_its_report(pages: dict[str,
     assert [link for link in links if link and not link.startswith("#")] == [
         f"{stage}/report.html" for stage in ("sft", "reward", "ppo", "evaluate")
     ]
+    pipeline = pages["whole"].partition('<ol class="steps">')[2].partition("</ol>")[0]
+    assert "76.4%" in pipeline and "68.3%" in pipeline and "81.2%" not in pipeline
     words = " ".join(page.text).replace("\xa0", " ")
     assert "5 min 38 s" in words and "94.1% [91.5%, 96.2%], n = 300" in words
     assert "Calibration of the reward model" in words and "n = 640" in words
@@ -353,12 +355,13 @@ def test_win_rates_name_their_judge_and_say_what_they_show(pages: dict[str, str]
 
 
 def test_numbers_of_several_models_make_a_table(pages: dict[str, str]) -> None:
+    assert 'class="models"' not in pages["ppo"]
     table = pages["evaluate"].partition('<table class="models">')[2].partition("</table>")[0].replace("\xa0", " ")
     rows = [re.sub(r"<[^>]*>", "|", row) for row in table.split("</tr>")]
     assert [re.sub(r"\|+", "|", row).strip("|") for row in rows[:2]] == [
         "base|sft|ppo",
-        f"Mean gold utility|{check('eval/gold_utility/mean').meaning}|−1.40 [−1.50, −1.30], n = 300|"
-        "2.80 [2.70, 2.90], n = 300|4.10 [4.00, 4.20], n = 300",
+        f"Mean gold utility|{check('eval/gold_utility/mean').meaning}|−1.40|−1.50 to −1.30, n = 300|"
+        "2.80|2.70 to 2.90, n = 300|4.10|4.00 to 4.20, n = 300",
     ]
 
 
@@ -368,6 +371,12 @@ def test_samples_run_from_the_first_steps_to_the_last(pages: dict[str, str]) -> 
     assert samples.count("<article") == 12
     assert samples.count("<b>step 1</b>") == 4 and samples.count("<b>step 80</b>") == 12
     assert "true utility 2.35" in samples and "finished no" in samples
+
+
+def test_a_prompt_that_came_back_often_is_shown_with_its_first_and_last_answer(tmp_path: Path) -> None:
+    rows = [{"step": step, "prompt": "p", "completion": f"answer {step}"} for step in (3, 1, 2)]
+    text = stage_report(write_run(tmp_path, samples=rows)).read_text(encoding="utf-8")
+    assert re.findall(r"answer \d", text) == ["answer 1", "answer 3"]
 
 
 def test_an_overview_links_only_to_reports_that_exist(tmp_path: Path) -> None:
@@ -437,6 +446,19 @@ def test_reward_against_distance_shows_gains_in_standard_deviations(tmp_path: Pa
     dots = re.findall(r"<title>(proxy[^<]*)</title>[^<]*</path>", figure)
     assert dots == [f"proxy: the reward model at {i}: {i}" for i in range(3)]
     assert "Proxy is highest at the largest distance (2" in figure
+
+
+def test_proxy_and_gold_are_scaled_both_or_neither(tmp_path: Path) -> None:
+    """Without a spread for gold, dividing the score's gains by 2 would put the two on different scales."""
+    rows = [
+        {"step": i, "rollout/score/mean": 2.0 * i, "rollout/score/std": 2.0, "rollout/gold_utility/mean": 3.0 * i}
+        | {"rollout/kl_per_sequence_nats": i**2}
+        for i in range(3)
+    ]
+    figure = over_optimisation_figure(read_run(write_run(tmp_path, metrics=rows)))
+    assert figure and "gain since the first rollout" in figure
+    assert "<title>proxy: the reward model at 2: 4</title>" in figure
+    assert "<title>gold: true utility at 2: 6</title>" in figure
 
 
 def test_a_long_run_is_thinned_to_means_with_a_band(tmp_path: Path) -> None:

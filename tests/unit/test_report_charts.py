@@ -74,6 +74,14 @@ def test_calibration_points_carry_wilson_intervals() -> None:
     assert titles == ["predicted 0.750, n = 10, observed: 0.800 [0.490, 0.943]"]
 
 
+def test_a_calibrated_bin_lies_on_the_diagonal() -> None:
+    """Sure to 75% and right 75% of the time: the middle of the line from (1/2, 1/2) to (1, 1)."""
+    drawing = ElementTree.fromstring(calibration_plot([(0.75, 0.75, 40)], title="t"))
+    line, dot = (re.findall(r"[\d.]+", path.get("d", "")) for path in drawing.iter("path"))
+    (x0, y0, x1, y1), (x, y) = map(float, line[:4]), map(float, dot[:2])
+    assert (x + 4.5, y) == (pytest.approx((x0 + x1) / 2, abs=0.2), pytest.approx((y0 + y1) / 2, abs=0.2))
+
+
 def test_a_forest_plot_has_its_interval_around_the_value_and_the_line_at_one_half() -> None:
     row = ForestRow("ppo over sft", 0.6, 0.55, 0.65, 300)
     drawing = ElementTree.fromstring(forest_plot([row], title="t"))

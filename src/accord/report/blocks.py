@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from accord.metrics import METRICS
-from accord.report.html import Html, element, number, quantity, with_interval
+from accord.report.html import Html, element, number, quantity
 from accord.report.reading import Answer, Estimate, Exchange
 
 __all__ = ["account", "exchanges", "key_figures", "key_value_table", "label", "warnings"]
@@ -26,11 +26,7 @@ def key_figures(estimates: Sequence[Estimate]) -> list[Html]:
 
 def _tile(item: Estimate) -> Html:
     bare = item.unit if item.unit in {"fraction", "seconds"} else None
-    spread = [] if item.unit == bare or not item.unit else [item.unit]
-    if item.low is not None and item.high is not None:
-        spread.append(f"95% interval {quantity(item.low, bare)} to {quantity(item.high, bare)}")
-    if item.n is not None:
-        spread.append(f"n\u00a0=\u00a0{number(item.n)}")
+    spread = [*([item.unit] if item.unit and not bare else []), *_spread(item, "95% interval ", bare)]
     return element(
         "div",
         element("div", label(item), class_="name", title=_hover(item)),
@@ -46,7 +42,7 @@ def _hover(item: Estimate) -> str | None:
 
 
 def _model_table(estimates: Sequence[Estimate]) -> Html:
-    """One row a metric, one column a model."""
+    """One row a metric, one column a model; below each number its 95% interval and n."""
     models = list(dict.fromkeys(item.source for item in estimates))
     by_name: dict[str, dict[str, Estimate]] = {}
     for item in estimates:
@@ -56,7 +52,7 @@ def _model_table(estimates: Sequence[Estimate]) -> Html:
         element(
             "tr",
             element("th", label(first), element("small", first.meaning), scope="row", title=_hover(first)),
-            *(element("td", _cell(row.get(model))) for model in models),
+            *(_cell(row.get(model)) for model in models),
         )
         for row in by_name.values()
         for first in (next(iter(row.values())),)
@@ -64,10 +60,21 @@ def _model_table(estimates: Sequence[Estimate]) -> Html:
     return element("div", element("table", head, *rows, class_="models"), class_="card scroll")
 
 
-def _cell(item: Estimate | None) -> str:
+def _cell(item: Estimate | None) -> Html:
     if item is None:
-        return ""
-    return with_interval(item.value, item.low, item.high, item.n, item.unit if item.unit == "fraction" else None)
+        return element("td")
+    bare = item.unit if item.unit in {"fraction", "seconds"} else None
+    return element("td", quantity(item.value, bare), element("small", ", ".join(_spread(item, "", bare))))
+
+
+def _spread(item: Estimate, words: str, bare: str | None) -> list[str]:
+    """The interval and n, those of them that are known."""
+    parts = []
+    if item.low is not None and item.high is not None:
+        parts.append(f"{words}{quantity(item.low, bare)} to {quantity(item.high, bare)}")
+    if item.n is not None:
+        parts.append(f"n\u00a0=\u00a0{number(item.n)}")
+    return parts
 
 
 def account(paragraphs: Sequence[str]) -> Html:

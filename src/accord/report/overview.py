@@ -93,7 +93,7 @@ def _pipeline(root: Path, runs: Sequence[Run]) -> Html:
 def _step(root: Path, index: int, run: Run) -> Html:
     numbers = [
         part
-        for item in ([item for item in run.headline if not item.source] or run.comparisons)[:2]
+        for item in _foremost(run)
         for part in (
             element("dt", label(item), title=item.meaning or None),
             element("dd", with_interval(item.value, item.low, item.high, item.n, item.unit)),
@@ -111,6 +111,12 @@ def _step(root: Path, index: int, run: Run) -> Html:
         element("a", "Stage report", href=target) if linked else None,
         class_="card",
     )
+
+
+def _foremost(run: Run) -> list[Estimate]:
+    """Two numbers that stand for a stage: its first ones, or its first judge's first comparisons."""
+    own = [item for item in run.headline if not item.source]
+    return (own or [item for item in run.comparisons if item.source == run.comparisons[0].source])[:2]
 
 
 def _ppo(runs: Sequence[Run]) -> list[Html | None]:

@@ -249,13 +249,15 @@ def comparison_figure(comparisons: Sequence[Estimate], title: str = "Win rates")
     rows = [item for item in comparisons if math.isfinite(item.value)]
     if not rows:
         return None
-    several = len({item.source for item in rows}) > 1
-    labels = [f"{item.name} ({item.source})" if several and item.source else item.name for item in rows]
-    named = zip(labels, rows, strict=True)
-    plot = forest_plot([ForestRow(name, row.value, row.low, row.high, row.n) for name, row in named], title=title)
+    judges = list(dict.fromkeys(item.source for item in rows))
+    plot = forest_plot(
+        [ForestRow(item.name, item.value, item.low, item.high, item.n, judges.index(item.source) % 6) for item in rows],
+        title=title,
+    )
+    key = legend([Series(judge, (), (), colour % 6, draw="points") for colour, judge in enumerate(judges)])
     verdicts = element("ul", *(_verdict(item) for item in rows), class_="verdicts")
     caption = "Bars are 95% intervals. At 50% the two are equally good; ties count half."
-    return element("div", figure(title, plot, caption=caption), verdicts, class_="card split")
+    return element("div", figure(title, plot, key=key, caption=caption), verdicts, class_="card split")
 
 
 def _verdict(item: Estimate) -> Html:

@@ -117,9 +117,7 @@ def read_run(folder: Path) -> Run:
             stage=str(summary.get("stage") or summary.get("name") or folder.resolve().name),
             finished=bool(summary),
             seconds=_optional(summary.get("seconds")),
-            headline=tuple(
-                _estimate(row["name"], row, row.get("model", "")) for row in summary.get("headline", ())
-            ),
+            headline=tuple(_estimate(row["name"], row, row.get("model", "")) for row in summary.get("headline", ())),
             account=tuple(summary.get("account", ())),
             warnings=tuple(summary.get("warnings", ())),
             comparisons=_comparisons(summary),

@@ -94,11 +94,11 @@ table { border-collapse: collapse; width: 100%; font-size: 0.88rem; color: var(-
 th, td { text-align: left; vertical-align: top; padding: 5px 16px 5px 0; border-bottom: 1px solid var(--rule);
   overflow-wrap: anywhere; }
 th { font-weight: 500; color: var(--muted); width: 38%; }
-th small { display: block; font-weight: 400; font-size: 0.9em; line-height: 1.4; }
-.models th[scope=row] { color: var(--ink); }
+th small, td small { display: block; font-weight: 400; font-size: 0.9em; line-height: 1.4; }
+.models th[scope=row] { color: var(--ink); min-width: 9em; }
 .models th[scope=col] { color: var(--ink); font-weight: 620; width: auto; }
-.models th small { color: var(--muted); }
-.models td { font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+.models small { color: var(--muted); }
+.models td { font-variant-numeric: tabular-nums; overflow-wrap: normal; min-width: 6.5em; }
 .models tr:last-child > * { border-bottom: 0; }
 .scroll { overflow-x: auto; }
 .tiles + .scroll, .account + .tiles, .account + .scroll { margin-top: 16px; }

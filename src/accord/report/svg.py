@@ -41,13 +41,14 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class ForestRow:
-    """One estimate with its 95% interval, as fractions."""
+    """One estimate with its 95% interval, as fractions. `colour` (0-5) tells the judges apart."""
 
     label: str
     value: float
     low: float | None
     high: float | None
     n: int | None
+    colour: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +266,7 @@ def _forest_title(row: ForestRow) -> str:
 def _forest_row(row: ForestRow, frame: _Frame, top: float) -> Html:
     y = top + 30
     whisker = (
-        element("line", x1=frame.x(row.low), x2=frame.x(row.high), y1=y, y2=y, class_="whisker c0")
+        element("line", x1=frame.x(row.low), x2=frame.x(row.high), y1=y, y2=y, class_=f"whisker c{row.colour}")
         if row.low is not None and row.high is not None
         else None
     )
@@ -281,7 +282,7 @@ def _forest_row(row: ForestRow, frame: _Frame, top: float) -> Html:
                 text_anchor="end",
             ),
             whisker,
-            _marker(frame.x(row.value), y, 0, _forest_title(row)),
+            _marker(frame.x(row.value), y, row.colour, _forest_title(row)),
         ]
     )
 
