@@ -27,6 +27,11 @@ def test_expectation_under_the_policy(estimator: Estimator, expectation: float) 
     assert (PI * estimator(PI.log(), REF.log())).sum().item() == pytest.approx(expectation, abs=1e-8)
 
 
+def test_k3_of_nearly_equal_probabilities_is_not_lost_to_rounding() -> None:
+    """x = .001: x^2 / 2 - x^3 / 6 = 4.99833e-7. exp(-x) - 1 + x in float32 is off by a tenth of that."""
+    assert kl_k3(torch.tensor(0.001), torch.tensor(0.0)).item() == pytest.approx(4.99833e-7, rel=1e-3)
+
+
 def test_expectations_far_from_the_reference() -> None:
     """pi = (.5, .5), ref = (.9, .1): KL = .5 ln(5/9) + .5 ln 5 = .510826; k2 .733946."""
     pi, ref = torch.tensor([0.5, 0.5], dtype=torch.float64), torch.tensor([0.9, 0.1], dtype=torch.float64)

@@ -44,14 +44,14 @@ def test_policy_loss_of_one_token(advantage: float, ratio: float, loss: float, g
 
 
 def test_policy_metrics_are_sums_over_counted_tokens() -> None:
-    """Ratios .5, 1, 2 (and one masked): they sum to 3.5. k3 of KL(old || new) at ratio r is r - 1 - ln r: .193147, 0
-    and .306853, sum .5. Half squared log-ratios: 2 * .5 * .693147^2 = .480453."""
-    new = double(math.log(0.5), 0.0, math.log(2), 5.0)
+    """Ratios .5, 1, 3 (and one masked): they sum to 4.5. k3 of KL(old || new) at ratio r is r - 1 - ln r: .193147, 0
+    and .901388, sum 1.094535. Half squared log-ratios: .5 (.480453 + 1.206949) = .843701."""
+    new = double(math.log(0.5), 0.0, math.log(3), 5.0)
     mask = torch.tensor([[True, True, True, False]])
     result = ppo_policy_loss(new, torch.zeros_like(new), torch.ones_like(new), mask, clip_range=0.2)
-    assert result.ratio_sum.item() == pytest.approx(3.5)
-    assert result.approx_kl_sum.item() == pytest.approx(0.5)
-    assert result.approx_kl_k2_sum.item() == pytest.approx(0.480453, abs=1e-6)
+    assert result.ratio_sum.item() == pytest.approx(4.5)
+    assert result.approx_kl_sum.item() == pytest.approx(1.094535, abs=1e-6)
+    assert result.approx_kl_k2_sum.item() == pytest.approx(0.843701, abs=1e-6)
     assert result.clipped_count.item() == 1
     assert result.token_count.item() == 3
 

@@ -205,6 +205,12 @@ def test_wilson_interval_contains_the_share_and_stays_inside_0_and_1(total: int,
     assert interval.high - interval.low > 1e-4
 
 
+def test_wilson_interval_of_all_or_none_contains_its_own_estimate_despite_rounding() -> None:
+    for total in range(1, 400):
+        for interval in (accuracy_interval(0, total), accuracy_interval(total, total)):
+            assert 0.0 <= interval.low <= interval.value <= interval.high <= 1.0
+
+
 # ---- calibration --------------------------------------------------------------------------------------------------
 
 
@@ -219,6 +225,11 @@ def test_probabilities_that_come_true_have_a_small_calibration_error() -> None:
     assert calibration_error(2 * differences) > 0.06
     assert calibration_error(0.5 * differences) > 0.06
     assert [b.count for b in calibration_bins(differences)] == pytest.approx([2000] * 10, abs=1)
+
+
+def test_bins_hold_equal_counts_and_equal_confidences_stay_together() -> None:
+    assert [b.count for b in calibration_bins([0.5, -4.0, 3.0, 1.0], num_bins=2)] == [2, 2]
+    assert [b.count for b in calibration_bins([1.0, -1.0, 1.0, 1.0, 2.0, 3.0], num_bins=3)] == [4, 2]
 
 
 def test_confidence_that_is_always_right_is_still_short_of_certainty() -> None:

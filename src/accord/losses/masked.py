@@ -76,7 +76,7 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
         shift_mean: subtract the mean (advantages) or keep it (rewards, whose sign means something).
     Source: Ziegler et al. 2019, arXiv:1909.08593 (code); Huang et al. 2024, arXiv:2403.17031.
     """
-    x = counted(x.detach(), mask)
+    x = full_precision(x.detach())
     mean = masked_mean(x, mask)
     centred = x - mean
     white = centred * torch.rsqrt(masked_mean(centred.square(), mask) + 1e-8)

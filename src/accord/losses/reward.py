@@ -63,7 +63,15 @@ def pairwise_loss(
     """
     require_same_shape(chosen_scores=chosen_scores, rejected_scores=rejected_scores)
     groups = torch.arange(chosen_scores.shape[0], device=chosen_scores.device)
-    return _bradley_terry(chosen_scores, rejected_scores, groups, len(groups), margins, soft_labels, num_groups)
+    return _bradley_terry(
+        chosen_scores,
+        rejected_scores,
+        groups,
+        len(groups),
+        margins=margins,
+        soft_labels=soft_labels,
+        num_groups=num_groups,
+    )
 
 
 def ranked_loss(
@@ -96,7 +104,15 @@ def ranked_loss(
     same_group = group_index[:, None] == group_index[None, :]
     better, worse = torch.nonzero(same_group & (ranks[:, None] < ranks[None, :]), as_tuple=True)
     size = int(group_index.max()) + 1 if len(group_index) else 0
-    return _bradley_terry(scores[better], scores[worse], group_index[better], size, margins, soft_labels, num_groups)
+    return _bradley_terry(
+        scores[better],
+        scores[worse],
+        group_index[better],
+        size,
+        margins=margins,
+        soft_labels=soft_labels,
+        num_groups=num_groups,
+    )
 
 
 def _bradley_terry(
@@ -104,6 +120,7 @@ def _bradley_terry(
     worse: Tensor,
     pair_group: Tensor,
     size: int,
+    *,
     margins: Tensor | None,
     soft_labels: Tensor | None,
     num_groups: Count | None,
