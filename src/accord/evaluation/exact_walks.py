@@ -13,9 +13,11 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
 from accord.randomness import generator
 from accord.rollout.sampling import Sampling, choose
@@ -23,7 +25,6 @@ from accord.tasks.randomwalks import ALPHABET, MAX_NODES, RandomWalks
 
 __all__ = ["WalksEvaluation", "WalksPromptEvaluation", "exact_evaluation"]
 
-_ROWS_PER_FORWARD = 2048
 _ONE_TOKEN = Sampling(1)
 
 
@@ -68,8 +69,8 @@ class WalksEvaluation:
 
 @torch.inference_mode()
 def exact_evaluation(
-    policy: nn.Module,
-    reference: nn.Module,
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
     walks: RandomWalks,
     *,
     prefix_ids: Sequence[int] = (),
@@ -91,16 +92,16 @@ def exact_evaluation(
     which varies less than the log-ratio of the token drawn.
 
     Args:
-        policy, reference: called as `model(input_ids=...).logits`, in evaluation mode.
+        policy, reference: causal language models; both are read in evaluation mode.
         prefix_ids: tokens before the prompt's letter, such as BOS.
         letter_ids: the token of each letter of the alphabet, in order. Any other token is an illegal step.
         num_samples: continuations drawn for each position at which the tree can be left, at least 2.
         key: of the random numbers, which matter beyond the tree only.
     """
     _check(letter_ids, eos_id, max_new_tokens, kl_coef, num_samples)
-    space = _space(policy, walks, prefix_ids, letter_ids, eos_id, max_new_tokens)
+    space = _space(policy.device, walks, prefix_ids, letter_ids, eos_id, max_new_tokens)
     with _evaluation_mode(policy, reference):
-        tree = _walk_tree(policy, reference, space)
+        tree = _join([_walk_tree(policy, reference, space, start) for start in range(len(walks.prompts))])
         off_path_kl, off_path_kl_error = _off_path_kl(policy, reference, space, tree.exits, num_samples, key)
     optimalities = torch.from_numpy(walks.optimalities).to(tree.kl.device)
     optima = walks.optima(tree.reference_goal.cpu().numpy(), kl_coef)
@@ -111,7 +112,7 @@ def exact_evaluation(
         "kl": kl,
         "objective": optimality - kl_coef * kl,
         "optimum": torch.tensor([optimum.objective for optimum in optima], dtype=torch.float64),
-        "off_path_mass": torch.stack([exit.prompt_mass for exit in tree.exits]).sum(dim=0),
+        "off_path_mass": tree.off_path_mass,
         "off_path_kl": off_path_kl,
         "reference_optimality": (tree.reference_goal * optimalities).sum(dim=1),
     }
@@ -140,7 +141,7 @@ def _check(letter_ids: Sequence[int], eos_id: int, max_new_tokens: int, kl_coef:
 
 
 @contextmanager
-def _evaluation_mode(*models: nn.Module) -> Iterator[None]:
+def _evaluation_mode(*models: PreTrainedModel) -> Iterator[None]:
     modes = [model.training for model in models]
     try:
         for model in models:
@@ -159,9 +160,52 @@ class _Space:
     start_nodes: Tensor  # (S,)
     letter_ids: Tensor  # (N,)
     edges: Tensor  # (N, N) bool; none out of the goal
-    legal: Tensor  # (N, V) bool: edges and the end of the sequence
     eos_id: int
     max_new_tokens: int
+
+
+def _space(
+    device: torch.device,
+    walks: RandomWalks,
+    prefix_ids: Sequence[int],
+    letter_ids: Sequence[int],
+    eos_id: int,
+    max_new_tokens: int,
+) -> _Space:
+    letters = torch.tensor(letter_ids, device=device)
+    nodes = torch.tensor([ALPHABET.index(prompt) for prompt in walks.prompts], device=device)
+    prefix = torch.tensor([list(prefix_ids)] * len(nodes), dtype=torch.long, device=device)
+    edges = torch.tensor(walks.adjacency, device=device)
+    edges[0] = False
+    return _Space(torch.cat([prefix, letters[nodes, None]], dim=1), nodes, letters, edges, eos_id, max_new_tokens)
+
+
+class _Reader:
+    """A model that reads sequences piece by piece, so that a shared prefix runs through it once."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._cache = DynamicCache(config=model.config)
+
+    def next_logprobs(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        """Go on with these of the sequences read so far, and read (R, T) more tokens.
+
+        Returns: (R, V) float64 log-probabilities of what follows.
+        """
+        self._cache.reorder_cache(rows)  # pyright: ignore[reportArgumentType]
+        num_read = self._cache.get_seq_length() + tokens.shape[1]
+        output = self._model(
+            input_ids=tokens,
+            attention_mask=tokens.new_ones(len(tokens), num_read),
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        return output.logits[:, -1].double().log_softmax(dim=-1)
+
+
+def _categorical_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """KL(policy || reference) of each row, (R, V) -> (R,)."""
+    return (logprobs.exp() * (logprobs - ref_logprobs)).sum(dim=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +215,6 @@ class _Exit:
     tokens: Tensor  # (R, T) legal prefixes
     prompt: Tensor  # (R,) index of the prompt
     mass: Tensor  # (R, V) probability of the prefix followed by this illegal token; 0 for legal ones
-    prompt_mass: Tensor  # (S,) their sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,74 +224,66 @@ class _Tree:
     policy_goal: Tensor
     reference_goal: Tensor
     kl: Tensor  # (S,) over all prefixes in the tree
+    off_path_mass: Tensor  # (S,)
     exits: tuple[_Exit, ...]  # one for each position
 
 
-def _space(
-    policy: nn.Module,
-    walks: RandomWalks,
-    prefix_ids: Sequence[int],
-    letter_ids: Sequence[int],
-    eos_id: int,
-    max_new_tokens: int,
-) -> _Space:
-    device = next(policy.parameters()).device
-    letters = torch.tensor(letter_ids, device=device)
-    nodes = torch.tensor([ALPHABET.index(prompt) for prompt in walks.prompts], device=device)
-    prefix = torch.tensor([list(prefix_ids)] * len(nodes), dtype=torch.long, device=device)
-    starts = torch.cat([prefix, letters[nodes, None]], dim=1)
-    edges = torch.tensor(walks.adjacency, device=device)
-    edges[0] = False
-    legal = edges.new_zeros(len(ALPHABET), policy(input_ids=starts[:1]).logits.shape[-1])
-    legal[:, letters] = edges
-    legal[:, eos_id] = True
-    return _Space(starts, nodes, letters, edges, legal, eos_id, max_new_tokens)
-
-
-def _next_logprobs(model: nn.Module, tokens: Tensor) -> Tensor:
-    """(R, V) float64 log-probabilities of the token after (R, T)."""
-    return torch.cat(
-        [model(input_ids=rows).logits[:, -1].double().log_softmax(dim=-1) for rows in tokens.split(_ROWS_PER_FORWARD)]
-    )
-
-
-def _categorical_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """KL(policy || reference) of each row, (R, V) -> (R,)."""
-    return (logprobs.exp() * (logprobs - ref_logprobs)).sum(dim=1)
-
-
-def _walk_tree(policy: nn.Module, reference: nn.Module, space: _Space) -> _Tree:
-    """Enumerate legal prefixes length by length, all prompts at once, carrying their log-probabilities."""
-    tokens, node = space.starts, space.start_nodes
-    num_prompts = len(node)
-    prompt = torch.arange(num_prompts, device=node.device)
-    prefix_logprob = torch.zeros(num_prompts, dtype=torch.float64, device=node.device)
+def _walk_tree(policy: PreTrainedModel, reference: PreTrainedModel, space: _Space, start: int) -> _Tree:
+    """Enumerate the legal prefixes of one prompt, length by length, carrying their log-probabilities."""
+    readers = _Reader(policy), _Reader(reference)
+    tokens, node = space.starts[start : start + 1], space.start_nodes[start : start + 1]
+    rows, unread = node, tokens  # nothing is read yet, so there are no rows to choose from
+    prefix_logprob = torch.zeros(1, dtype=torch.float64, device=node.device)
     prefix_ref_logprob = prefix_logprob
-    kl = torch.zeros_like(prefix_logprob)
-    policy_goal = kl.new_zeros(num_prompts, MAX_NODES + 1)
-    reference_goal = torch.zeros_like(policy_goal)
+    goal = prefix_logprob.new_zeros(1, MAX_NODES + 1)
+    reference_goal = torch.zeros_like(goal)
+    kl, off_path_mass = torch.zeros_like(prefix_logprob), torch.zeros_like(prefix_logprob)
     exits = []
     for step in range(space.max_new_tokens):
-        logprobs, ref_logprobs = _next_logprobs(policy, tokens), _next_logprobs(reference, tokens)
-        kl.index_add_(0, prompt, prefix_logprob.exp() * _categorical_kl(logprobs, ref_logprobs))
-        mass = (prefix_logprob[:, None] + logprobs).exp().masked_fill(space.legal[node], 0.0)
-        prompt_mass = torch.zeros_like(kl).index_add_(0, prompt, mass.sum(dim=1))
-        exits.append(_Exit(tokens, prompt, mass, prompt_mass))
+        logprobs, ref_logprobs = (reader.next_logprobs(rows, unread) for reader in readers)
+        kl += (prefix_logprob.exp() * _categorical_kl(logprobs, ref_logprobs)).sum()
+        legal = torch.zeros_like(logprobs, dtype=torch.bool)
+        legal[:, space.letter_ids] = space.edges[node]
+        legal[:, space.eos_id] = True
+        mass = (prefix_logprob[:, None] + logprobs).exp().masked_fill(legal, 0.0)
+        off_path_mass += mass.sum()
+        exits.append(_Exit(tokens, torch.full_like(node, start), mass))
 
         rows, node = space.edges[node].nonzero(as_tuple=True)
         ids = space.letter_ids[node]
-        tokens, prompt = torch.cat([tokens[rows], ids[:, None]], dim=1), prompt[rows]
+        unread = ids[:, None]
+        tokens = torch.cat([tokens[rows], unread], dim=1)
         prefix_logprob = prefix_logprob[rows] + logprobs[rows, ids]
         prefix_ref_logprob = prefix_ref_logprob[rows] + ref_logprobs[rows, ids]
-        arrived = node == 0
-        policy_goal[:, step + 2].index_add_(0, prompt[arrived], prefix_logprob[arrived].exp())
-        reference_goal[:, step + 2].index_add_(0, prompt[arrived], prefix_ref_logprob[arrived].exp())
-    return _Tree(policy_goal, reference_goal, kl, tuple(exits))
+        goal[:, step + 2] = prefix_logprob[node == 0].exp().sum()
+        reference_goal[:, step + 2] = prefix_ref_logprob[node == 0].exp().sum()
+        if not len(rows):
+            break
+    return _Tree(goal, reference_goal, kl, off_path_mass, tuple(exits))
+
+
+def _join(trees: Sequence[_Tree]) -> _Tree:
+    """The trees of all prompts as one, in their order."""
+    positions = [[exit for exit in exits if exit] for exits in zip_longest(*(tree.exits for tree in trees))]
+    return _Tree(
+        torch.cat([tree.policy_goal for tree in trees]),
+        torch.cat([tree.reference_goal for tree in trees]),
+        torch.cat([tree.kl for tree in trees]),
+        torch.cat([tree.off_path_mass for tree in trees]),
+        tuple(
+            _Exit(
+                torch.cat([exit.tokens for exit in exits]),
+                torch.cat([exit.prompt for exit in exits]),
+                torch.cat([exit.mass for exit in exits]),
+            )
+            for exits in positions
+        ),
+    )
 
 
 def _off_path_kl(
-    policy: nn.Module,
-    reference: nn.Module,
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
     space: _Space,
     exits: Sequence[_Exit],
     num_samples: int,
@@ -256,42 +291,42 @@ def _off_path_kl(
 ) -> tuple[Tensor, float]:
     """The KL beyond the tree for each prompt (S,), and the standard error of its mean over prompts.
 
-    At each position `num_samples` draws stand for all the probability that leaves there. Draws of all positions
-    continue together, one token at a time, until they end.
+    At each position, D = `num_samples` draws stand for all the probability that leaves there. Column 0 of their uniforms
+    chooses the prefix, column 1 the illegal token, later ones the tokens after it.
     """
-    num_draws = (space.max_new_tokens - 1) * num_samples  # nothing follows an illegal token in the last place
-    device = space.starts.device
-    uniforms = torch.from_numpy(generator(*key).random((num_draws, space.max_new_tokens + 1))).to(device)
-    totals = torch.zeros(num_draws, dtype=torch.float64, device=device)  # KL along each draw
-    prompt = torch.zeros(num_draws, dtype=torch.long, device=device)
-    weight = torch.zeros_like(totals)
-    tokens = space.starts.new_empty(0, space.starts.shape[1] + 1)
-    draw = prompt[:0]
-    for step in range(1, space.max_new_tokens):
-        new = torch.arange((step - 1) * num_samples, step * num_samples, device=device)
-        left, prompt[new], weight[new] = _leave(exits[step - 1], uniforms[new, 0], uniforms[new, step])
-        tokens, draw = torch.cat([tokens, left]), torch.cat([draw, new])
-        logprobs, ref_logprobs = _next_logprobs(policy, tokens), _next_logprobs(reference, tokens)
-        totals[draw] += _categorical_kl(logprobs, ref_logprobs)
-        ids, _ = choose(logprobs, uniforms[draw, step + 1], _ONE_TOKEN)
-        go_on = ids != space.eos_id
-        tokens, draw = torch.cat([tokens, ids[:, None]], dim=1)[go_on], draw[go_on]
-    contributions = weight * totals
-    num_prompts = len(space.start_nodes)
-    kl = totals.new_zeros(num_prompts).index_add_(0, prompt, contributions)
-    variance = num_samples * contributions.view(-1, num_samples).var(dim=1).sum().item()
+    num_prompts = len(space.starts)
+    kl = torch.zeros(num_prompts, dtype=torch.float64, device=space.starts.device)
+    variance = 0.0
+    for position, exit in enumerate(exits[: space.max_new_tokens - 1]):  # nothing follows the last place
+        uniforms = torch.from_numpy(generator(*key, position).random((num_samples, space.max_new_tokens + 1)))
+        uniforms = uniforms.to(kl.device)
+        unread, prompt = _leave(exit, uniforms[:, 0], uniforms[:, 1])
+        readers = _Reader(policy), _Reader(reference)
+        totals = torch.zeros_like(uniforms[:, 0])  # KL along each draw
+        alive = rows = torch.arange(num_samples, device=kl.device)
+        for step in range(position + 1, space.max_new_tokens):
+            logprobs, ref_logprobs = (reader.next_logprobs(rows, unread) for reader in readers)
+            totals[alive] += _categorical_kl(logprobs, ref_logprobs)
+            ids, _ = choose(logprobs, uniforms[alive, step + 1], _ONE_TOKEN)
+            rows = (ids != space.eos_id).nonzero()[:, 0]
+            alive, unread = alive[rows], ids[rows, None]
+            if not len(rows):
+                break
+        contributions = totals * exit.mass.sum() / num_samples
+        kl.index_add_(0, prompt, contributions)
+        variance += num_samples * contributions.var().item()
     return kl, math.sqrt(variance) / num_prompts
 
 
-def _leave(exit: _Exit, row_uniforms: Tensor, token_uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw ways out in proportion to their mass: prefixes with their illegal token (D, T + 1), prompts (D,), and the
-    probability each draw stands for (D,). One draw falls into each of D equal slices of the mass, which never does
-    worse than independent draws."""
+def _leave(exit: _Exit, row_uniforms: Tensor, token_uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw ways out in proportion to their mass: prefixes with their illegal token (D, T + 1), and prompts (D,).
+
+    One draw falls into each of D equal slices of the mass, which never does worse than independent draws.
+    """
     cumulative = exit.mass.sum(dim=1).cumsum(dim=0)
     num_draws = len(row_uniforms)
     points = (torch.arange(num_draws, device=row_uniforms.device) + row_uniforms) / num_draws * cumulative[-1]
-    # Where nothing can leave, the mass underflows to 0 and any row will do: its weight is 0.
+    # Where the mass underflows to 0 nothing can leave, and any row will do: its weight is 0.
     rows = torch.searchsorted(cumulative, points, right=True).clamp(max=len(cumulative) - 1)
     ids, _ = choose(exit.mass[rows].log(), token_uniforms, _ONE_TOKEN)
-    tokens = torch.cat([exit.tokens[rows], ids[:, None]], dim=1)
-    return tokens, exit.prompt[rows], (cumulative[-1] / num_draws).expand(num_draws)
+    return torch.cat([exit.tokens[rows], ids[:, None]], dim=1), exit.prompt[rows]
