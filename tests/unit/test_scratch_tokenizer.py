@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from accord.errors import ConfigError
@@ -31,7 +32,7 @@ def test_the_same_texts_give_the_same_tokenizer_in_any_order() -> None:
 
 def test_padding_is_not_the_end_of_an_answer() -> None:
     assert TOKENIZER.pad_token_id != TOKENIZER.eos_token_id
-    assert TOKENIZER.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == [0, 1, 2, 3, 4]
+    assert TOKENIZER.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == [0, 1, 2, 3, 4, 5]
 
 
 def test_frequent_words_become_one_token_and_the_size_is_kept() -> None:
@@ -40,14 +41,14 @@ def test_frequent_words_become_one_token_and_the_size_is_kept() -> None:
 
 
 def test_the_smallest_vocabulary_has_one_token_a_byte() -> None:
-    tokenizer = train_tokenizer(TEXTS, vocab_size=261)
-    assert len(tokenizer) == 261
+    tokenizer = train_tokenizer(TEXTS, vocab_size=262)
+    assert len(tokenizer) == 262
     assert len(tokenizer.encode("abc天")) == 6
 
 
 def test_a_vocabulary_without_room_for_the_bytes_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"vocab_size is 260, .* Set it to 261 or more"):
-        train_tokenizer(TEXTS, vocab_size=260)
+    with pytest.raises(ConfigError, match=r"vocab_size is 261, .* Set it to 262 or more"):
+        train_tokenizer(TEXTS, vocab_size=261)
 
 
 def test_a_saved_tokenizer_is_the_same_after_reloading(tmp_path: Path) -> None:
@@ -66,3 +67,8 @@ def test_a_saved_tokenizer_is_the_same_after_reloading(tmp_path: Path) -> None:
 def test_a_turn_is_its_marker_its_content_and_eos() -> None:
     rendered = TOKENIZER.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True)
     assert rendered == "<|user|>the cat<eos><|assistant|>sat<eos><|assistant|>"
+
+
+def test_a_role_without_a_marker_is_refused() -> None:
+    with pytest.raises(TemplateError, match="roles are system, user, assistant, tool, not critic"):
+        TOKENIZER.apply_chat_template([{"role": "critic", "content": "no"}], tokenize=False)

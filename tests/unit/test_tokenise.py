@@ -141,6 +141,7 @@ def test_an_answer_that_does_not_fit_leaves_its_group_out_by_name() -> None:
     good, long = Group((QUESTION,), (answer("one"),)), Group((QUESTION,), (answer("one"), answer("two " * 50)))
     result = tokens(good, replace(long, origin=Origin("pairs.jsonl", 7)), max_tokens=40)
     assert len(result.groups) == 1
+    assert result.sources == (0,)
     (dropped,) = result.dropped
     assert (dropped.index, dropped.origin) == (1, Origin("pairs.jsonl", 7))
     assert str(dropped).startswith("pairs.jsonl:7: the completion has ")
@@ -187,6 +188,8 @@ def test_a_template_that_rewrites_earlier_turns_gets_one_group_an_answer() -> No
     thought, unlearnt = "<think>so</think>one", "<think>no</think>two"
     turns = (*answer(thought).messages, QUESTION, *answer(unlearnt, learn=False).messages, QUESTION)
     dialogue = Group((QUESTION,), (Completion((*turns, *answer("six").messages)),))
+    result = tokens(Group((QUESTION,)), dialogue, name="stripping")
+    assert result.sources == (0, 1, 1)
     result = tokens(dialogue, name="stripping")
     decode = template("stripping").tokenizer.decode
     assert [decode(list(group.completions[0].ids)) for group in result.groups] == [

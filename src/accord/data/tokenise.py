@@ -31,9 +31,16 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Tokenised:
-    """What came of the groups. `truncated_prompts` counts the token groups whose prompt was shortened."""
+    """What came of the groups.
+
+    groups             the token groups, in the order of their sources
+    sources            for each token group, the index of the group it was made from (a dialogue may give several)
+    truncated_prompts  how many token groups have a shortened prompt
+    dropped            what could not be used
+    """
 
     groups: tuple[TokenGroup, ...]
+    sources: tuple[int, ...]
     truncated_prompts: int
     dropped: tuple[Dropped, ...]
 
@@ -73,6 +80,7 @@ def tokenise_groups(
     """
     limits = _Limits(max_tokens, max_prompt_tokens, truncate_prompt)
     kept: list[TokenGroup] = []
+    sources: list[int] = []
     dropped: list[Dropped] = []
     truncated = 0
     for index, group in enumerate(groups):
@@ -81,12 +89,13 @@ def tokenise_groups(
                 try:
                     token_group, was_cut = _fit(example, template, limits)
                     kept.append(_count_all(token_group) if loss_on == "all" else token_group)
+                    sources.append(index)
                     truncated += was_cut
                 except _Unusable as error:
                     dropped.append(Dropped(index, group.origin, str(error)))
         except DataError as error:
             raise DataError(f"{_where(index, group.origin)}: {error}") from error
-    return Tokenised(tuple(kept), truncated, tuple(dropped))
+    return Tokenised(tuple(kept), tuple(sources), truncated, tuple(dropped))
 
 
 class _Unusable(Exception):

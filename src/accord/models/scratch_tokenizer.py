@@ -17,7 +17,7 @@ __all__ = ["SCRATCH_TEMPLATE", "SPECIAL_TOKENS", "train_tokenizer"]
 
 PAD = "<pad>"
 EOS = "<eos>"
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 SPECIAL_TOKENS = (PAD, EOS, *(f"<|{role}|>" for role in ROLES))
 NUM_BYTES = 256
 
