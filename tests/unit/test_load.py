@@ -111,6 +111,12 @@ def test_a_loaded_model_has_no_dropout_even_in_training_mode(architecture: str, 
     torch.testing.assert_close(score_tokens(quiet, batch).logprobs, score_tokens(model, batch).logprobs)
 
 
+def test_a_saved_model_names_its_tokenizers_padding(tmp_path: Path) -> None:
+    reward_model = reward_model_from(tiny_model("llama", pad_token_id=None), seed=1)
+    folder = save_model(reward_model, word_tokenizer(), tmp_path / "reward")
+    assert AutoModelForSequenceClassification.from_pretrained(folder).config.pad_token_id == PAD_ID
+
+
 def test_saving_replaces_an_older_model_and_leaves_nothing_beside_it(saved: Path) -> None:
     newer = built(seed=5)
     (saved / "stale.txt").write_text("from the older model")
@@ -130,9 +136,11 @@ def test_a_save_that_fails_halfway_leaves_the_older_model_whole(saved: Path, mon
     with pytest.raises(OSError, match="no space left"):
         save_model(built(seed=5), tokenizer, saved)
     monkeypatch.undo()
+    (saved.parent / ".policy.partial" / "stale.txt").write_text("from the save that failed")
     assert same_weights(weights(load_policy(saved)[0]), weights(built()))
     save_model(built(seed=6), tokenizer, saved)
     assert same_weights(weights(load_policy(saved)[0]), weights(built(seed=6)))
+    assert not (saved / "stale.txt").exists()
 
 
 def test_weights_that_can_run_code_are_refused(saved: Path) -> None:
@@ -200,8 +208,9 @@ def test_a_tokenizer_with_no_token_to_pad_with_pads_with_its_last(tmp_path: Path
     words = {"a": 0, "b": 1, "c": 2, "<eos>": 3}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words)), eos_token="<eos>")
     model = build_model(SHAPE, vocab_size=4, pad_id=3, eos_id=3, seed=0)
-    _, loaded = load_policy(save_model(model, tokenizer, tmp_path / "policy"))
+    policy, loaded = load_policy(save_model(model, tokenizer, tmp_path / "policy"))
     assert (loaded.pad_token, loaded.eos_token) == ("c", "<eos>")
+    assert policy.config.pad_token_id == 2
 
 
 def test_the_heads_numbers_have_the_spread_asked_for_and_depend_on_the_seed() -> None:
