@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from accord.config.reference import reference_page
 from accord.metrics import GROUPS, METRICS, REDUCTIONS, Metric
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -41,7 +42,7 @@ def _row(metric: Metric) -> str:
     )
 
 
-PAGES: dict[str, Callable[[], str]] = {"metrics.md": metrics_page}
+PAGES: dict[str, Callable[[], str]] = {"metrics.md": metrics_page, "configuration.md": reference_page}
 
 
 def main() -> None:

@@ -70,7 +70,10 @@ def train(
     else:
         if not prompts:
             raise ConfigError("accord.train(reward_fn=...) needs prompts=[...], the texts the policy shall answer")
-        stage, corpus = "ppo", Corpus(prompts=Part.of([Group(_messages(p, i)) for i, p in enumerate(prompts)], "prompts"))
+        stage, corpus = (
+            "ppo",
+            Corpus(prompts=Part.of([Group(_messages(p, i)) for i, p in enumerate(prompts)], "prompts")),
+        )
         tree["ppo"] = {"value_init": "policy", **tree.get("ppo", {})}
     tree.setdefault(stage, {})
     tree["name"] = stage

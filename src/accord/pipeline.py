@@ -17,7 +17,7 @@ from accord.methods.reward import run_reward
 from accord.methods.sft import run_sft
 from accord.report.overview import overview_report
 from accord.rewards.scorers import RewardFunction
-from accord.training.atomic import write_json
+from accord.atomic import write_json
 
 __all__ = ["STAGES", "run_stages", "write_overview"]
 

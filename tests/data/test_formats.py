@@ -237,6 +237,19 @@ def test_tool_calls_without_text_are_kept_as_json(tmp_path: Path) -> None:
     assert json.loads(group.completions[0].messages[0].content) == calls
 
 
+def test_an_empty_system_message_is_left_out_and_counted(tmp_path: Path) -> None:
+    result = read(tmp_path, {"messages": [{"role": "system", "content": ""}, user(U.content), assistant("7")]})
+    assert result.groups == (Group((U,), answers(A)),)
+    assert result.notes == ("1 empty system messages not used",)
+
+
+def test_null_columns_are_absent(tmp_path: Path) -> None:
+    """As in tables with fixed columns: a null chosen makes no pair, a null label no judgement."""
+    row = {"prompt": U.content, "completion": "7", "chosen": None, "rejected": None, "label": None, "messages": None}
+    result = read(tmp_path, row)
+    assert (result.format, result.groups, result.notes) == ("prompt-completion", (Group((U,), answers(A)),), ())
+
+
 def test_a_loss_weight_of_zero_keeps_an_assistant_turn_out_of_the_loss(tmp_path: Path) -> None:
     turns = [
         user("a") | {"loss_weight": 0.0},

@@ -102,6 +102,10 @@ def test_whitening_may_keep_the_mean() -> None:
     assert white.mean().item() == pytest.approx(1.6)
 
 
+def test_whitened_entries_carry_no_gradient() -> None:
+    assert not whiten(REWARDS.clone().requires_grad_(), ALL).requires_grad
+
+
 def test_a_perfect_critic_leaves_no_advantage_and_whitening_keeps_it_at_zero() -> None:
     """A reward of 1 at the end and a value of 1 everywhere: every error is 0, and 0 / sqrt(0 + 1e-8) is 0, not NaN."""
     rewards = torch.tensor([[0.0, 0.0, 0.0, 1.0]])

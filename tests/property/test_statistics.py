@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accord.errors import DataError
-from accord.evaluation.statistics import (
+from accord.measures.statistics import (
     accuracy_interval,
     calibration_bins,
     calibration_error,

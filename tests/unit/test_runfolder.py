@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from accord.errors import AccordError, CheckpointError, TrainingError
 from accord.training import runfolder
-from accord.training.atomic import write_text
+from accord.atomic import write_text
 from accord.training.runfolder import RunFolder
 
 CONFIG: dict[str, Any] = {"name": "demo", "out": "runs/demo", "seed": 3, "ppo": {"kl_coef": 0.05, "steps": 100}}

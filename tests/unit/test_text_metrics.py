@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accord.evaluation.text import distinct_n, num_words, repetition, rouge, rouge_l, rouge_n, words
+from accord.measures.text import distinct_n, num_words, repetition, rouge, rouge_l, rouge_n, words
 
 quick = settings(max_examples=50, derandomize=True, deadline=None)
 sentences = st.lists(st.sampled_from("a b c d".split()), max_size=7).map(" ".join)

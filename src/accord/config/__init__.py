@@ -9,9 +9,9 @@ from accord.config.sections import (
     PPOConfig,
     Recipe,
     RewardConfig,
-    SFTConfig,
     ScratchConfig,
     Section,
+    SFTConfig,
     Source,
 )
 

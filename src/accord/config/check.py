@@ -59,6 +59,12 @@ def _ppo(ppo: PPOConfig, max_tokens: int) -> list[str]:
         problems.append(
             f"`ppo.max_new_tokens` = {ppo.max_new_tokens} leaves no room for a prompt within `data.max_tokens` = {max_tokens}"
         )
-    if ppo.whiten_advantages and ppo.prompts_per_step * ppo.samples_per_prompt == 1 and not math.isclose(ppo.gae_lambda, 0):
-        problems.append("`ppo.whiten_advantages` over a single completion erases the signal: sample more, or turn it off")
+    if (
+        ppo.whiten_advantages
+        and ppo.prompts_per_step * ppo.samples_per_prompt == 1
+        and not math.isclose(ppo.gae_lambda, 0)
+    ):
+        problems.append(
+            "`ppo.whiten_advantages` over a single completion erases the signal: sample more, or turn it off"
+        )
     return problems

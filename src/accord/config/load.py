@@ -16,7 +16,7 @@ from accord.config.check import contradictions
 from accord.config.sections import Recipe
 from accord.errors import ConfigError
 
-__all__ = ["load_recipe", "parse_override", "recipe_from", "section_in"]
+__all__ = ["load_recipe", "merged", "overrides_tree", "parse_override", "recipe_from", "section_in"]
 
 # What people's fingers know from other tools, and our name for it.
 FOREIGN_NAMES = {
@@ -86,7 +86,9 @@ def _number(value: Any) -> Any:
     return value
 
 
-def load_recipe(path: str | Path | None, overrides: Sequence[str] = (), *, defaults: Mapping[str, Any] | None = None) -> Recipe:
+def load_recipe(
+    path: str | Path | None, overrides: Sequence[str] = (), *, defaults: Mapping[str, Any] | None = None
+) -> Recipe:
     """Read a recipe file, apply the overrides in order, check everything.
 
     `defaults` lie below the file (what a verb such as `accord sft` implies). Relative data and model paths in a file are
@@ -94,13 +96,19 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = (), *, defau
 
     Raises: ConfigError naming every wrong key at once.
     """
-    tree: dict[str, Any] = _merged({}, defaults or {})
+    tree: dict[str, Any] = merged({}, defaults or {})
     if path is not None:
-        tree = _merged(tree, _read_yaml(Path(path)))
+        tree = merged(tree, _read_yaml(Path(path)))
+    return recipe_from(merged(tree, overrides_tree(overrides)), source=str(path) if path is not None else "--set")
+
+
+def overrides_tree(overrides: Sequence[str]) -> dict[str, Any]:
+    """All `section.key=value` texts as one nested mapping; later ones win."""
+    tree: dict[str, Any] = {}
     for text in overrides:
         keys, value = parse_override(text)
         _assign(tree, keys, value, text)
-    return recipe_from(tree, source=str(path) if path is not None else "--set")
+    return tree
 
 
 def recipe_from(tree: Mapping[str, Any], *, source: str = "config") -> Recipe:
@@ -152,11 +160,12 @@ def _unique_mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, An
 _UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
 
 
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Two nested mappings as one; where both have a value, that of `above` stands."""
     result = dict(below)
     for key, value in above.items():
         old = result.get(key)
-        result[key] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        result[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return result
 
 
@@ -214,7 +223,11 @@ def _section_at(loc: tuple[int | str, ...]) -> type[BaseModel] | None:
 
 def section_in(annotation: Any) -> type[BaseModel] | None:
     """The pydantic model inside `X | None`, `tuple[X, ...]` or `Annotated[X, ...]`."""
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
+    if (
+        isinstance(annotation, type)
+        and not isinstance(annotation, types.GenericAlias)
+        and issubclass(annotation, BaseModel)
+    ):
         return annotation
     for inner in typing.get_args(annotation):
         found = section_in(inner)

@@ -86,15 +86,22 @@ class DataConfig(Section):
 
     sft: Sources = Field((), description="Demonstrations for SFT. Unset: the chosen answers of `preferences`.")
     preferences: Sources = Field((), description="Comparisons for the reward model: pairs, rankings or ratings.")
-    prompts: Sources = Field((), description="Prompts for PPO and evaluation. Unset: those of `preferences`, else `sft`.")
+    prompts: Sources = Field(
+        (), description="Prompts for PPO and evaluation. Unset: those of `preferences`, else `sft`."
+    )
     evaluation: Sources = Field((), description="Prompts for evaluation only. Unset: the held-out part of `prompts`.")
     holdout: float = Field(
-        0.05, ge=0, lt=1, description="Share of prompts (by a hash of their text, so alike in all files) kept from training."
+        0.05,
+        ge=0,
+        lt=1,
+        description="Share of prompts (by a hash of their text, so alike in all files) kept from training.",
     )
     lenient: bool = Field(False, description="Keep the good rows of a file with bad ones, and count the rest.")
     max_tokens: int = Field(1024, ge=8, description="Longest prompt + completion in tokens.")
     max_prompt_tokens: int | None = Field(
-        None, ge=1, description="Longest prompt in tokens; longer ones lose their oldest part. Unset: no limit of its own."
+        None,
+        ge=1,
+        description="Longest prompt in tokens; longer ones lose their oldest part. Unset: no limit of its own.",
     )
 
 
@@ -167,7 +174,8 @@ class PPOConfig(OptimiserFields):
         None, description="`module:function` called as f(prompt, completion) -> float, instead of a reward model."
     )
     gold_function: str | None = Field(
-        None, description="`module:function` that is logged beside the reward and never trained on (a simulator's truth)."
+        None,
+        description="`module:function` that is logged beside the reward and never trained on (a simulator's truth).",
     )
     episodes: int = Field(10_000, ge=1, description="Completions sampled in all; rounded up to whole rollout steps.")
     prompts_per_step: int = Field(32, ge=1, description="Prompts per rollout step.")
@@ -178,7 +186,9 @@ class PPOConfig(OptimiserFields):
     )
     update_epochs: int = Field(4, ge=1, description="Passes over each rollout, each with a fresh shuffle.")
     minibatches: int = Field(4, ge=1, description="Optimiser updates per pass.")
-    kl_coef: float = Field(0.05, ge=0, description="Weight of log(policy/reference) per token, subtracted from the reward.")
+    kl_coef: float = Field(
+        0.05, ge=0, description="Weight of log(policy/reference) per token, subtracted from the reward."
+    )
     kl_controller: Literal["fixed", "adaptive"] = Field(
         "fixed", description="`adaptive` moves kl_coef so that KL per sequence approaches target_kl."
     )
@@ -189,8 +199,12 @@ class PPOConfig(OptimiserFields):
     clip_range: float = Field(0.2, gt=0, lt=1, description="The policy ratio is clipped to 1 +- this.")
     value_clip_range: float = Field(0.2, gt=0, description="Value predictions may move this far per update.")
     entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus (nats per token).")
-    whiten_advantages: bool = Field(True, description="Scale advantages to zero mean and unit variance over the rollout.")
-    missing_eos_penalty: float = Field(1.0, ge=0, description="Subtracted from the score of a completion cut by length.")
+    whiten_advantages: bool = Field(
+        True, description="Scale advantages to zero mean and unit variance over the rollout."
+    )
+    missing_eos_penalty: float = Field(
+        1.0, ge=0, description="Subtracted from the score of a completion cut by length."
+    )
     score_clip: float | None = Field(None, gt=0, description="Scores are clipped to +- this before the KL penalty.")
     value_init: Literal["reward", "policy"] = Field(
         "reward", description="The value model starts from the reward model, or from the policy with a new head."
@@ -207,7 +221,9 @@ class EvaluateConfig(Section):
     models: tuple[str, ...] = Field(
         (), description="Stage names (base, sft, ppo) or model folders. Unset: every stage of this run, base first."
     )
-    against: str | None = Field(None, description="Compare each model with this one. Unset: each with the one before it.")
+    against: str | None = Field(
+        None, description="Compare each model with this one. Unset: each with the one before it."
+    )
     reference: str | None = Field(None, description="KL is measured to this model. Unset: the one compared against.")
     prompts: int = Field(500, ge=2, description="How many held-out prompts at most.")
     max_new_tokens: int = Field(128, ge=1, description="Longest completion in tokens.")
@@ -215,7 +231,8 @@ class EvaluateConfig(Section):
     top_k: int = Field(0, ge=0, description="Sample from the k likeliest tokens; 0 = all.")
     top_p: float = Field(1.0, gt=0, le=1, description="Sample from the smallest set holding this probability.")
     gold_function: str | None = Field(
-        None, description="`module:function` f(prompt, completion) -> float that judges. Unset: the reward model judges."
+        None,
+        description="`module:function` f(prompt, completion) -> float that judges. Unset: the reward model judges.",
     )
     reward_model: str | None = Field(None, description="Reward model folder. Unset: the reward stage of this recipe.")
     tie_margin: float = Field(0.0, ge=0, description="Score differences up to this count as ties.")

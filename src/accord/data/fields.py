@@ -208,9 +208,9 @@ def prompt_of(row: Row) -> tuple[Message, ...]:
         row.left_out["(prompts were HH transcripts and are split into turns)"] += 1
         messages = parse_transcript(value, name)
     else:
-        if name == "instruction" and str(row.peek("input") or "").strip():
-            value = text(value, name) + "\n\n" + text(row.get("input"), "input")
-        row.get("input") if name == "instruction" else None
+        given = row.get("input") if name == "instruction" else None
+        if given is not None and given != "":
+            value = text(value, name) + "\n\n" + text(given, "input")
         messages = (*_history(row), *turns_or_text(value, name, "user", row.left_out))
     system = row.get("system", "system_prompt")
     if isinstance(system, str) and system.strip() and messages[0].role != "system":

@@ -30,7 +30,9 @@ def batch_indices(step: int, num_items: int, batch_size: int, *key: int | str) -
     return order[batch * batch_size : (batch + 1) * batch_size]
 
 
-def micro_batches(items: Sequence[T], length: Callable[[T], int], rows: Callable[[T], int], budget: int) -> list[list[T]]:
+def micro_batches(
+    items: Sequence[T], length: Callable[[T], int], rows: Callable[[T], int], budget: int
+) -> list[list[T]]:
     """Cut one step's items into forward passes of at most `budget` tokens, padding included.
 
     length  longest row an item makes; rows  how many rows it makes. Items are sorted by length, so rows of a pass are of

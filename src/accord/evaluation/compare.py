@@ -10,8 +10,8 @@ import torch
 
 from accord.data.order import micro_batches
 from accord.data.templates import Template
-from accord.evaluation.statistics import cluster_interval, paired_difference, win_rate
-from accord.evaluation.text import distinct_n, num_words, repetition, rouge_l
+from accord.measures.statistics import cluster_interval, paired_difference, win_rate
+from accord.measures.text import distinct_n, num_words, repetition, rouge_l
 from accord.losses.kl import kl_k1
 from accord.models.layout import collate
 from accord.models.token_scores import score_tokens

@@ -291,8 +291,8 @@ def _off_path_kl(
 ) -> tuple[Tensor, float]:
     """The KL beyond the tree for each prompt (S,), and the standard error of its mean over prompts.
 
-    At each position, D = `num_samples` draws stand for all the probability that leaves there. Column 0 of their uniforms
-    chooses the prefix, column 1 the illegal token, later ones the tokens after it.
+    At each position, D = `num_samples` draws stand for all the probability that leaves there. Of their uniforms,
+    column 0 chooses the prefix, column 1 the illegal token, and the others what follows.
     """
     num_prompts = len(space.starts)
     kl = torch.zeros(num_prompts, dtype=torch.float64, device=space.starts.device)

@@ -23,7 +23,7 @@ from accord.evaluation.compare import (
     kl_to,
     reference_perplexity,
 )
-from accord.evaluation.statistics import cluster_interval
+from accord.measures.statistics import cluster_interval
 from accord.methods.context import (
     Context,
     LoadedPolicy,

@@ -203,12 +203,7 @@ def tokenised(
         context.say(f"{len(result.dropped)} of {len(groups)} {what} left out; the first: {result.dropped[0]}")
     if groups and not result.groups:
         raise ConfigError(f"none of the {what} fits; the first: {result.dropped[0]}")
-    by_origin: dict[int, Group] = {index: group for index, group in enumerate(groups)}
-    dropped = {d.index for d in result.dropped}
-    kept = [group for index, group in by_origin.items() if index not in dropped]
-    if len(kept) != len(result.groups):  # dialogues split into one example an answer
-        return [(Group(()), tokens) for tokens in result.groups]
-    return list(zip(kept, result.groups, strict=True))
+    return [(groups[source], tokens) for source, tokens in zip(result.sources, result.groups, strict=True)]
 
 
 def choose_layout(context: Context, model: Any, groups: list[TokenGroup], pad_id: int) -> Layout:

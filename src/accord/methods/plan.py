@@ -78,7 +78,10 @@ def _sizes(recipe: Recipe, corpus: Corpus, stage: str) -> tuple[str, str]:
     assert ppo is not None
     per_step = ppo.prompts_per_step * ppo.samples_per_prompt
     steps = math.ceil(ppo.episodes / per_step)
-    return f"{len(train):,} prompts", f"{steps:,} rollouts of {per_step}, {ppo.update_epochs * ppo.minibatches} updates each"
+    return (
+        f"{len(train):,} prompts",
+        f"{steps:,} rollouts of {per_step}, {ppo.update_epochs * ppo.minibatches} updates each",
+    )
 
 
 def _tensor_sizes(file: Path) -> int:

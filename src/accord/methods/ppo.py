@@ -20,7 +20,7 @@ from torch import Tensor
 
 from accord.config import PPOConfig
 from accord.data.order import batch_indices
-from accord.evaluation.text import distinct_n, repetition
+from accord.measures.text import distinct_n, repetition
 from accord.losses.advantages import gae, token_rewards
 from accord.losses.kl import adaptive_kl_coef, kl_k1
 from accord.losses.masked import masked_mean, whiten
@@ -223,11 +223,13 @@ def _rollout_metrics(rollout: Rollout, kl: Tensor, rewards: Tensor) -> dict[str,
         "rollout/entropy_nats": -float(masked_mean(rollout.old_logprobs, mask)),
         "rollout/completion_tokens/mean": float(lengths.mean()),
         "rollout/finished_fraction": float(rollout.finished.float().mean()),
+        "rollout/truncated_fraction": float((~rollout.finished).float().mean()),
         "rollout/repetition": sum(repetition(text) for text in texts) / len(texts),
         "rollout/distinct_2": distinct_n(texts, 2),
     }
     if rollout.gold is not None:
         metrics["rollout/gold_utility/mean"] = float(rollout.gold.mean())
+        metrics["rollout/gold_utility/std"] = float(rollout.gold.std(unbiased=False))
     return metrics
 
 

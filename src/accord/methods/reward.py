@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from accord.config import RewardConfig
-from accord.evaluation.statistics import calibration_bins, calibration_error, pearson, win_rate
+from accord.measures.statistics import calibration_bins, calibration_error, pearson, win_rate
 from accord.losses.reward import centring_penalty, ranked_loss
 from accord.methods.context import (
     Context,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accord.evaluation.statistics import cluster_interval
+from accord.measures.statistics import cluster_interval
 from accord.losses.sft import sft_loss
 from accord.methods.context import (
     Context,

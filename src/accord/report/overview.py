@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from accord.atomic import write_text
 from accord.report.blocks import account, exchanges, key_figures, label, warnings
 from accord.report.html import Html, duration, element, page, section, with_interval
 from accord.report.panels import (
@@ -66,7 +67,7 @@ def overview_report(root: Path, stages: Sequence[str]) -> Path:
     shown = [(name, note, [child for child in children if child is not None]) for name, note, children in parts]
     sections = [(name, section(name, *children, note=note)) for name, note, children in shown if children]
     path = root / "report.html"
-    path.write_text(page(f"{whole.stage} \u00b7 Accord", header, sections), encoding="utf-8")
+    write_text(path, page(f"{whole.stage} \u00b7 Accord", header, sections))
     return path
 
 

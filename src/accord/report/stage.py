@@ -30,6 +30,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from accord.report.blocks import account, exchanges, key_figures, key_value_table, warnings
+from accord.atomic import write_text
 from accord.report.html import Html, duration, element, number, page, section
 from accord.report.panels import (
     calibration_figure,
@@ -89,7 +90,7 @@ def stage_report(run_folder: Path) -> Path:
     shown = [(name, [child for child in children if child is not None]) for name, children in parts]
     sections = [(name, section(name, *children)) for name, children in shown if children]
     path = run_folder / "report.html"
-    path.write_text(page(f"{title} \u00b7 Accord", header, sections), encoding="utf-8")
+    write_text(path, page(f"{title} \u00b7 Accord", header, sections))
     return path
 
 

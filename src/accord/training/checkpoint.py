@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from accord.errors import AccordError, ConfigError, TrainingError
-from accord.training.atomic import make_folder, sync, write_text
+from accord.atomic import make_folder, sync, write_text
 
 __all__ = ["Loaded", "Snapshot", "load_latest", "save_checkpoint"]
 

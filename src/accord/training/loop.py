@@ -73,14 +73,16 @@ def run_training(trainer: Trainer, run: RunFolder, console: Console) -> None:
             outcome = trainer.step(step)
             _record(run, step, outcome, time.monotonic() - started)
             last = step == trainer.total_steps
-            if step % trainer.checkpoint_every == 0 or last or stop.requested is not None:
+            # Read once: a signal between the two uses would claim a save that did not happen.
+            signal_number = stop.requested
+            if step % trainer.checkpoint_every == 0 or last or signal_number is not None:
                 _save(trainer, run, step)
             progress.advance(outcome.status)
-            if stop.requested is not None and not last:
+            if signal_number is not None:
                 raise Terminated(
-                    f"stopped by signal {stop.requested} at {trainer.stage} step {step} of {trainer.total_steps}; "
+                    f"stopped by signal {signal_number} at {trainer.stage} step {step} of {trainer.total_steps}; "
                     "the state is saved: run the same command again to continue",
-                    exit_code=128 + stop.requested,
+                    exit_code=128 + signal_number,
                 )
 
 

@@ -24,7 +24,7 @@ from typing import IO, Any
 import yaml
 
 from accord.errors import CheckpointError, TrainingError
-from accord.training.atomic import make_folder, sync, write_json, write_text
+from accord.atomic import make_folder, sync, write_json, write_text
 from accord.training.environment import environment, environment_changes
 
 __all__ = ["RunFolder"]

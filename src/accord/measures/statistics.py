@@ -99,11 +99,14 @@ def accuracy_interval(num_correct: float, num_total: int) -> Interval:
         raise DataError("an accuracy needs at least one trial, found none: check that the evaluation data is not empty")
     if not 0 <= num_correct <= num_total:
         raise ValueError(f"num_correct must lie in [0, {num_total}], found {num_correct}")
-    p, w = num_correct / num_total, Z95**2 / num_total
-    centre = (p + w / 2) / (1 + w)
-    half = math.sqrt(p * (1 - p) * w + w * w / 4) / (1 + w)
-    # The ends are exact at p = 0 and p = 1; rounding must not push the estimate out of its own interval.
-    return Interval(p, max(min(centre - half, p), 0.0), min(max(centre + half, p), 1.0), num_total)
+    w = Z95**2 / num_total
+
+    def lower(p: float) -> float:
+        return (p + w / 2 - math.sqrt(p * (1 - p) * w + w * w / 4)) / (1 + w)
+
+    # The upper end by symmetry: it is then exactly 1 when all succeed, as the lower is exactly 0 when none do.
+    p = num_correct / num_total
+    return Interval(p, lower(p), 1 - lower(1 - p), num_total)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,44 @@
+# Everything runs in .venv, which `make install` creates. PYTHON may name another interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TOOLS := $(VENV)/.tools
+
+.PHONY: install quickstart test check format docs clean
+
+install: $(INSTALLED)
+
+# torch first and exactly: asked for by another package, pip would fetch another build.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Accord needs Python 3.11 or newer; name one with: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(TOOLS): $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: $(INSTALLED)
+	$(BIN)/accord quickstart
+
+test: $(TOOLS)
+	$(BIN)/ruff check src tests scripts
+	$(BIN)/python -m pytest
+
+check: $(TOOLS)
+	$(BIN)/ruff check src tests scripts
+	$(BIN)/ruff format --check src tests scripts
+	$(BIN)/pyright
+
+format: $(TOOLS)
+	$(BIN)/ruff check --fix src tests scripts
+	$(BIN)/ruff format src tests scripts
+
+docs: $(INSTALLED)
+	$(BIN)/python scripts/generate_docs.py
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,157 @@
+"""The randomwalks benchmark from nothing: behaviour cloning, then PPO, graded against the exact optimum.
+
+The policy writes walks on a small random graph, one letter a node; a walk scores by how short it reaches the goal. The
+graph is small enough to enumerate, so the expected score, the KL divergence and the best objective any policy could have
+against the reference actually trained are computed, not estimated: a PPO that is wrong somewhere cannot reach 95% of the
+optimum, and a KL that is wrong somewhere would exceed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from accord.config import Recipe, recipe_from
+from accord.config.load import merged, overrides_tree
+from accord.data.templates import Template
+from accord.evaluation.exact_walks import WalksEvaluation, exact_evaluation
+from accord.methods.context import Context, headline, run_stage
+from accord.methods.corpus import Corpus, Part
+from accord.models.load import ModelShape, build_model, load_policy, save_model
+from accord.pipeline import STAGES
+from accord.randomness import torch_seed
+from accord.records import Group, Message, content_id
+from accord.tasks.randomwalks import ALPHABET, RandomWalks
+from accord.training.runfolder import RunFolder
+
+__all__ = ["METHODS", "WalksResult", "run_randomwalks"]
+
+METHODS = ("sft", "ppo")
+PAD, EOS = "<pad>", "<eos>"
+# The benchmark's model: 6 blocks of width 144 with 12 heads, 1.66 million parameters.
+SHAPE = ModelShape(hidden_size=144, layers=6, heads=12, max_positions=1024, kind="gpt2")
+EXACT_SAMPLES = 16
+
+SETTINGS: dict[str, Any] = {
+    "model": {"template": "raw"},
+    "data": {"holdout": 0.0, "max_tokens": 16},
+    "sft": {
+        "epochs": 12,
+        "batch_size": 100,
+        "learning_rate": 1e-3,
+        "schedule": "linear",
+        "eval_every": 1000,
+    },
+    "ppo": {
+        "value_init": "policy",
+        "episodes": 19_200,
+        "prompts_per_step": 20,
+        "samples_per_prompt": 16,
+        "max_new_tokens": 9,
+        "missing_eos_penalty": 0.0,
+        "kl_coef": 0.0,
+        "learning_rate": 3e-4,
+        "update_epochs": 4,
+        "minibatches": 2,
+        "checkpoint_every": 10,
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class WalksResult:
+    """What `accord benchmark randomwalks` prints. `seconds` is the time of the training stages."""
+
+    method: str
+    kl_coef: float
+    evaluation: WalksEvaluation
+    seconds: float
+    folder: Path
+
+
+def run_randomwalks(
+    method: str,
+    *,
+    seed: int,
+    overrides: Sequence[str],
+    console: Console,
+    out: Path | None = None,
+    graph_seed: int = 1000,
+) -> WalksResult:
+    """Train `method` from nothing and evaluate it exactly. `overrides` are `section.key=value` texts.
+
+    Running it again with the same arguments continues, or repeats nothing but the evaluation.
+    """
+    recipe = _recipe(method, seed, overrides, out, graph_seed)
+    walks = RandomWalks(graph_seed)
+    prompts = [Group((Message("user", letter),)) for letter in walks.prompts]
+    corpus = Corpus(sft=Part.of(walks.sft_groups(), "walks"), prompts=Part.of(prompts, "letters"))
+
+    def optimality(prompt: str, completion: str) -> float:
+        return walks.optimality(prompt + completion)
+
+    context = Context(recipe, corpus, console, {"ppo.reward_function": optimality})
+    start = run_stage(context, "base", settings={"graph": graph_seed}, sources={}, body=lambda run: _base(context, run))
+    base = context.root / "base" / "model"
+    context = replace(
+        context, recipe=recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(base)})})
+    )
+    stages = METHODS[: METHODS.index(method) + 1]
+    seconds = start["seconds"] + sum(STAGES[stage](context)["seconds"] for stage in stages)
+    kl_coef = recipe.ppo.kl_coef if recipe.ppo is not None and method == "ppo" else 0.0
+    return WalksResult(method, kl_coef, _exact(context, walks, method, kl_coef), seconds, context.root)
+
+
+def _recipe(method: str, seed: int, overrides: Sequence[str], out: Path | None, graph_seed: int) -> Recipe:
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}")
+    stages = {stage: SETTINGS[stage] for stage in METHODS[: METHODS.index(method) + 1]}
+    tree = merged({"model": SETTINGS["model"], "data": SETTINGS["data"], **stages}, overrides_tree(overrides))
+    tree |= {"name": f"randomwalks-{method}", "seed": seed}
+    folder = out or Path("runs") / f"randomwalks-{method}-{content_id([tree, graph_seed]):016x}"[:40]
+    return recipe_from({**tree, "out": str(folder)}, source="benchmark randomwalks")
+
+
+def _base(context: Context, run: RunFolder) -> dict[str, Any]:
+    tokenizer = walks_tokenizer()
+    Template.of(tokenizer, "raw")
+    model = build_model(
+        SHAPE,
+        vocab_size=len(tokenizer),
+        pad_id=tokenizer.pad_token_id,
+        eos_id=tokenizer.eos_token_id,
+        seed=torch_seed(context.seed, "base"),
+    )
+    save_model(model, tokenizer, run.path / "model")
+    return {"headline": [headline("parameters", sum(p.numel() for p in model.parameters()))]}
+
+
+def walks_tokenizer() -> Any:
+    """One token a letter, padding and end of text: 23 in all."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: index for index, token in enumerate([PAD, EOS, *ALPHABET])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=PAD, eos_token=EOS)
+
+
+def _exact(context: Context, walks: RandomWalks, method: str, kl_coef: float) -> WalksEvaluation:
+    reference, tokenizer = load_policy(context.root / "sft" / "model")
+    policy = reference if method == "sft" else load_policy(context.root / method / "model")[0]
+    return exact_evaluation(
+        policy,
+        reference,
+        walks,
+        letter_ids=[tokenizer.convert_tokens_to_ids(letter) for letter in ALPHABET],
+        eos_id=tokenizer.eos_token_id,
+        kl_coef=kl_coef,
+        num_samples=EXACT_SAMPLES,
+        key=("exact-walks", context.seed),
+    )

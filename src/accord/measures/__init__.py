@@ -1,0 +1,1 @@
+"""Statistics and text measures: pure Python and numpy, used by every stage. Torch-free."""
