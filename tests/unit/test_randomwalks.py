@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ def _clone(walks: RandomWalks) -> np.ndarray:
     """The maximum-likelihood Markov chain of the walks: transition counts, normalised."""
     counts = np.zeros((21, 21))
     for walk in walks.walks:
-        for a, b in zip(walk, walk[1:], strict=False):
+        for a, b in pairwise(walk):
             counts[ALPHABET.index(a), ALPHABET.index(b)] += 1
     return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
 
@@ -146,10 +147,11 @@ def test_the_best_of_n_random_walks_scores_exactly(n: int, expected: float) -> N
     [
         ("sda", 1.0),  # the shortest path from s has 3 nodes
         ("sdaxyz", 1.0),  # what follows the goal is ignored
-        ("bdsda", 5 / 7),  # 5 nodes where 3 are enough: (10 - 5) / (10 - 3)
+        ("susda", 5 / 7),  # 5 nodes where 3 are enough: (10 - 5) / (10 - 3)
         ("bda", 1.0),
-        ("bdtdsdsdsa", 0.0),  # no edge from s to a
-        ("bdtdtdtdsda", 0.0),  # 11 nodes
+        ("susa", 0.0),  # no edge from s to a
+        ("susususda", 1 / 7),  # 9 nodes
+        ("sususususda", 0.0),  # 11 nodes, all edges legal
         ("sd", 0.0),
         ("s", 0.0),
         ("", 0.0),
@@ -179,7 +181,7 @@ def test_a_start_ten_nodes_away_is_defined(num_nodes: int, expected: float, monk
     """Where the shortest path has 10 nodes the formula is 0 / 0; taking it counts 1. Farther starts count 0."""
     line = np.zeros((21, 21), dtype=bool)
     path = [20, *range(num_nodes - 2, -1, -1)]
-    for a, b in zip(path, path[1:], strict=False):
+    for a, b in pairwise(path):
         line[a, b] = True
     line[[i for i in range(21) if i not in path], 0] = True
     line[0, 0] = True
