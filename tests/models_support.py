@@ -78,6 +78,7 @@ _CONFIGS: dict[str, Callable[[], Any]] = {
         max_position_embeddings=64,
     ),
     "mixtral": lambda: hf.MixtralConfig(**_COMMON, **_TRUNK, num_local_experts=4, num_experts_per_tok=2),
+    "rwkv": lambda: hf.RwkvConfig(**_COMMON, hidden_size=32, num_hidden_layers=2),
     "mamba": lambda: hf.MambaConfig(**_COMMON, hidden_size=32, num_hidden_layers=2, state_size=4),
 }
 

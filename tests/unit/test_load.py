@@ -152,6 +152,17 @@ def test_weights_that_can_run_code_are_refused(saved: Path) -> None:
         load_policy(saved)
 
 
+def test_weights_that_can_run_code_are_refused_where_no_folder_can_be_looked_into(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a hub name, whose files only transformers sees."""
+    torch.save(load_file(saved / "model.safetensors"), saved / "pytorch_model.bin")
+    (saved / "model.safetensors").unlink()
+    monkeypatch.setattr("accord.models.load._check_folder", lambda path: None)
+    with pytest.raises(ConfigError, match="cannot load a model"):
+        load_policy(saved)
+
+
 def test_a_path_that_holds_no_model_is_named(tmp_path: Path, saved: Path) -> None:
     with pytest.raises(ConfigError, match="nowhere: no such folder"):
         load_policy(tmp_path / "nowhere")

@@ -279,7 +279,8 @@ def test_the_self_check_shares_prompts_where_it_may(architecture: str) -> None:
     ("architecture", "reason"),
     [
         ("mixtral", "mixture of experts"),
-        ("mamba", "recurrent"),
+        ("mamba", "layers other than attention"),
+        ("rwkv", "layers other than attention"),
         ("gpt_neo", "row places"),
         ("bloom", "cannot run the shared layout"),
     ],

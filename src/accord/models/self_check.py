@@ -99,7 +99,7 @@ def _reason_for_plain(model: Any, longest: int) -> str:
     if "local" in getattr(config, "attention_layers", ()):
         return f"{name} counts its attention window in row places; completions stand apart from their prompt"
     if getattr(model, "_is_stateful", False) or not set(getattr(config, "layer_types", None) or ()) <= _PLAIN_ATTENTION:
-        return f"{name} has recurrent layers, which read a row from left to right whatever the mask"
+        return f"{name} has layers other than attention, which may read a whole row whatever the mask"
     if any("expert" in key and value for key, value in config.to_dict().items()):
         return f"{name} is a mixture of experts, whose routing may depend on the whole row"
     return ""
