@@ -18,7 +18,6 @@ from rich.table import Table
 from accord.config import Recipe, recipe_from
 from accord.config.load import merged, overrides_tree
 from accord.data.convert import writing
-from accord.data.formats_canonical import canonical_row
 from accord.data.read import read_groups
 from accord.methods.context import Context, LoadedPolicy, headline, run_stage, stage_model, weights_hash
 from accord.methods.corpus import Corpus, Part
@@ -123,9 +122,10 @@ def _recipe(out: Path, seed: int, overrides: Sequence[str], reward_function: Rew
 def _say_what_happens(console: Console, out: Path) -> None:
     console.print(
         f"[bold]Accord quickstart[/] in {out}\n"
-        "A tiny language model (under a million parameters) becomes an assistant. People are simulated: they write\n"
-        "demonstrations, compare answers, and disagree now and then. What they truly value is hidden from training and\n"
-        "used only to measure. Stop it whenever you like; the same command continues where it was.",
+        "A tiny language model (under a million parameters) becomes an assistant.\n"
+        "People are simulated: they write demonstrations, compare answers, and disagree\n"
+        "now and then. What they truly value is hidden from training and only measured\n"
+        "with. Stop it whenever you like; the same command continues where it was.",
         highlight=False,
     )
 
@@ -163,10 +163,9 @@ def run_annotators(context: Context) -> dict[str, Any]:
 
 
 def _write(path: Path, groups: Sequence[Group]) -> None:
-
-    with writing(path) as stream:
+    with writing(path) as write:
         for group in groups:
-            stream.write(json.dumps(canonical_row(group), ensure_ascii=False) + "\n")
+            write(group)
 
 
 def _annotation_summary(context: Context, comparisons: Sequence[Any], groups: Sequence[Group]) -> dict[str, Any]:

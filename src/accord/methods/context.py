@@ -65,7 +65,7 @@ class Context:
 
     def say(self, text: str) -> None:
         """A plain line for people."""
-        self.console.print(f"  {text}", highlight=False, markup=False)
+        self.console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, slots=True)

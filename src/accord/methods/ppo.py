@@ -193,12 +193,12 @@ class PPOTrainer:
             value.loss.backward()
             deviation = float(((scores.logprobs.detach() - old).exp() - 1)[mask].abs().max())
             part = {
-                "policy_loss": policy.loss, "value_loss": value.loss, "entropy": entropy.entropy_sum,
+                "policy_loss": policy.loss.detach(), "value_loss": value.loss.detach(), "entropy": entropy.entropy_sum,
                 "clipped": policy.clipped_count, "value_clipped": value.clipped_count,
                 "approx_kl": policy.approx_kl_sum, "ratio": policy.ratio_sum, "tokens": policy.token_count,
             }  # fmt: skip
             for name, number in part.items():
-                sums[name] = sums.get(name, 0.0) + float(number)
+                sums[name] = sums.get(name, 0.0) + float(number.detach())
             sums["ratio_deviation"] = max(sums.get("ratio_deviation", 0.0), deviation)
         return sums
 
