@@ -74,16 +74,20 @@ def run_training(trainer: Trainer, run: RunFolder, console: Console) -> None:
             _record(run, step, outcome, time.monotonic() - started)
             last = step == trainer.total_steps
             # Read once: a signal between the two uses would claim a save that did not happen.
-            signal_number = stop.requested
-            if step % trainer.checkpoint_every == 0 or last or signal_number is not None:
+            stopping = stop.requested is not None
+            if step % trainer.checkpoint_every == 0 or last or stopping:
                 _save(trainer, run, step)
             progress.advance(outcome.status)
-            if signal_number is not None:
-                raise Terminated(
-                    f"stopped by signal {signal_number} at {trainer.stage} step {step} of {trainer.total_steps}; "
-                    "the state is saved: run the same command again to continue",
-                    exit_code=128 + signal_number,
-                )
+            done = step
+            if stopping:
+                break
+    # Outside the context, where no signal can be noted any more: one that came during the last save counts too.
+    if stop.requested is not None:
+        raise Terminated(
+            f"stopped by signal {stop.requested} at {trainer.stage} step {done} of {trainer.total_steps}; "
+            "the state is saved: run the same command again to continue",
+            exit_code=128 + stop.requested,
+        )
 
 
 def _resume(trainer: Trainer, run: RunFolder, console: Console) -> int:

@@ -1,0 +1,136 @@
+"""Nothing is lost: a stage killed at any moment and started again ends bit-identical to one that was never killed."""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import Zygote, outcome, write_recipe
+
+STAGES = ("sft", "reward", "ppo")
+KILLS = 8
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The run that nothing interrupted: its folder, and of each stage how long it took and what it left."""
+
+    zygote: Zygote
+    recipe: Path
+    root: Path
+    seconds: dict[str, float]
+    outcomes: dict[str, dict[str, Any]]
+
+    def before(self, stage: str, root: Path) -> Path:
+        """A new run folder in which the stages before `stage` are finished."""
+        for earlier in ("base", *STAGES)[: STAGES.index(stage) + 1] if stage != "sft" else ():
+            shutil.copytree(self.root / earlier, root / earlier)
+        return root
+
+    def run(self, stage: str, root: Path, *more: str, **kill: Any) -> tuple[int, str]:
+        code, output, _ = self.zygote.run(stage, str(self.recipe), "--set", f"out={root}", *more, **kill)
+        return code, output
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
+    folder = tmp_path_factory.mktemp("reference")
+    recipe = write_recipe(folder)
+    seconds, outcomes = {}, {}
+    with Zygote() as zygote:
+        for stage in STAGES:
+            code, output, seconds[stage] = zygote.run(stage, str(recipe), "--set", f"out={folder / 'run'}")
+            assert code == 0, output
+            outcomes[stage] = outcome(folder / "run" / stage)
+        yield Reference(zygote, recipe, folder / "run", seconds, outcomes)
+
+
+def test_the_stages_of_the_reference_run_trained_something(reference: Reference) -> None:
+    """Equality of runs says nothing about runs that do nothing."""
+    assert len({reference.outcomes[stage]["weights"] for stage in STAGES}) == len(STAGES)
+    for stage, steps in (("sft", 12), ("reward", 12), ("ppo", 9)):
+        rows = reference.outcomes[stage]["metrics"]
+        assert [row["step"] for row in rows] == list(range(1, steps + 1))
+        assert all(row["train/grad_norm"] > 0 and row["train/learning_rate"] > 0 for row in rows)
+    assert len({row["train/kl_coef"] for row in reference.outcomes["ppo"]["metrics"]}) > 1
+    assert reference.outcomes["ppo"]["samples"].count("\n") >= 4
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_killed_at_any_moment_continues_to_the_same_bits(
+    stage: str, reference: Reference, tmp_path: Path
+) -> None:
+    """First kills lie in equal parts of the whole duration, one a folder; second ones anywhere in what is left."""
+    draw = random.Random(f"kills of {stage}")
+    seconds = reference.seconds[stage]
+    kills = folders = 0
+    while kills < KILLS:
+        root = reference.before(stage, tmp_path / f"run{folders}")
+        first = seconds * (folders % 4 + draw.random()) / 4
+        for moment in (first, (seconds - first) * draw.random(), None):
+            code, output = reference.run(stage, root, after=moment)
+            assert code == (-signal.SIGKILL if code else 0), output
+            kills += code != 0
+        assert outcome(root / stage) == reference.outcomes[stage]
+        folders += 1
+        assert folders <= 3 * KILLS, "the commands end before they are killed"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_sigterm_saves_and_exits_143_and_the_run_continues_from_there(
+    stage: str, reference: Reference, tmp_path: Path
+) -> None:
+    """No checkpoint is due in these runs, so what they continue from is what the signal saved."""
+    draw = random.Random(f"terms of {stage}")
+    seldom = ("--set", f"{stage}.checkpoint_every=1000")
+    for attempt in range(20):
+        root = reference.before(stage, tmp_path / f"run{attempt}")
+        moment = reference.seconds[stage] * (0.3 + 0.6 * draw.random())
+        code, output = reference.run(stage, root, *seldom, after=moment, number=signal.SIGTERM)
+        assert code in (0, 143), output
+        stopped = re.search(rf"at {stage} step (\d+) of", output)
+        if code == 143 and stopped:
+            break
+    else:
+        pytest.fail("no signal arrived while the stage was training")
+    assert "the state is saved: run the same command again" in output
+    code, output = reference.run(stage, root, *seldom)
+    assert code == 0, output
+    assert f"continuing {stage} after step {stopped[1]} of" in output
+    assert outcome(root / stage) == reference.outcomes[stage]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_result_is_the_same(
+    stage: str, reference: Reference, tmp_path: Path
+) -> None:
+    root = reference.before(stage, tmp_path / "run")
+    checkpoints = root / stage / "checkpoints"
+    shutil.copytree(reference.root / stage, root / stage)
+    for left in ("summary.json", "report.html"):
+        (root / stage / left).unlink()
+    shutil.rmtree(root / stage / "model")
+    newest = sorted(checkpoints.iterdir())[-1]
+    largest = max(newest.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    with largest.open("r+b") as file:
+        file.truncate(largest.stat().st_size // 2)
+    code, output = reference.run(stage, root)
+    assert code == 0, output
+    assert f"{newest.name} is damaged" in " ".join(output.split())
+    assert f"continuing {stage} after step" in output
+    assert outcome(root / stage) == reference.outcomes[stage]
+
+
+def test_a_finished_run_is_not_repeated(reference: Reference) -> None:
+    before = {path: path.read_bytes() for path in reference.root.rglob("*.safetensors")}
+    code, output, _ = reference.zygote.run("run", str(reference.recipe), "--set", f"out={reference.root}")
+    assert code == 0, output
+    assert output.count("already finished") >= len(STAGES)
+    assert {path: path.read_bytes() for path in reference.root.rglob("*.safetensors")} == before
