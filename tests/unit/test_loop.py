@@ -18,7 +18,7 @@ from accord.training.runfolder import RunFolder
 
 
 class Adder:
-    """Its state is the sum of the steps it has seen; `signals` says at which (phase, step) it signals its own process."""
+    """Its state is the sum of the steps it has seen. `signals`: at which (phase, step) it sends SIGTERM to itself."""
 
     stage = "adder"
     keep_checkpoints = 2

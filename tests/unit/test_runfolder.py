@@ -17,9 +17,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from accord.atomic import write_text
 from accord.errors import AccordError, CheckpointError, TrainingError
 from accord.training import runfolder
-from accord.atomic import write_text
 from accord.training.runfolder import RunFolder
 
 CONFIG: dict[str, Any] = {"name": "demo", "out": "runs/demo", "seed": 3, "ppo": {"kl_coef": 0.05, "steps": 100}}
@@ -28,6 +28,13 @@ FINGERPRINTS = {"prefs.jsonl": "aa11"}
 
 def open_run(path: Path, config: dict[str, Any] = CONFIG, fingerprints: dict[str, str] = FINGERPRINTS) -> RunFolder:
     return RunFolder.open(path, resolved_config=config, fingerprints=fingerprints)
+
+
+def begin(path: Path, config: dict[str, Any] = CONFIG) -> None:
+    """A run that made one step and stopped."""
+    with open_run(path, config) as run:
+        run.truncate_after(0)
+        run.append_metrics(1, {})
 
 
 def test_a_new_run_records_what_was_asked_and_what_it_runs_on(tmp_path: Path) -> None:
@@ -54,14 +61,14 @@ def test_the_same_run_under_another_out_continues_and_adds_a_start(tmp_path: Pat
 
 
 def test_a_sequence_in_the_configuration_is_recognised_as_tuple_and_as_list(tmp_path: Path) -> None:
-    open_run(tmp_path, {"betas": (0.9, 0.95)}).__exit__()
+    begin(tmp_path, {"betas": (0.9, 0.95)})
     open_run(tmp_path, {"betas": (0.9, 0.95)}).__exit__()
     open_run(tmp_path, {"betas": [0.9, 0.95]}).__exit__()
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"betas": [0.9, 0.95]}
 
 
 def test_another_run_in_the_folder_is_refused_with_each_difference(tmp_path: Path) -> None:
-    open_run(tmp_path).__exit__()
+    begin(tmp_path)
     other = CONFIG | {"ppo": {"kl_coef": 0.1, "clip_range": 0.2}}
     with pytest.raises(CheckpointError) as caught:
         open_run(tmp_path, other, {"prefs.jsonl": "bb22"})
@@ -79,7 +86,7 @@ def test_another_run_in_the_folder_is_refused_with_each_difference(tmp_path: Pat
 
 
 def test_at_most_ten_differences_are_listed(tmp_path: Path) -> None:
-    open_run(tmp_path, {f"k{n:02}": n for n in range(14)}).__exit__()
+    begin(tmp_path, {f"k{n:02}": n for n in range(14)})
     with pytest.raises(CheckpointError) as caught:
         open_run(tmp_path, {f"k{n:02}": n + 1 for n in range(14)})
     lines = str(caught.value).splitlines()[1:-1]
@@ -89,12 +96,34 @@ def test_at_most_ten_differences_are_listed(tmp_path: Path) -> None:
 
 
 def test_a_refused_start_changes_nothing_and_frees_the_folder(tmp_path: Path) -> None:
-    open_run(tmp_path).__exit__()
+    begin(tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.name != ".lock"}
     with pytest.raises(CheckpointError):
         open_run(tmp_path, {"seed": 4})
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.name != ".lock"} == before
     open_run(tmp_path).__exit__()
+
+
+@pytest.mark.parametrize("left", [(), ("metrics.jsonl",)])
+def test_a_start_that_failed_before_its_first_step_leaves_the_folder_to_the_mended_one(
+    tmp_path: Path, left: tuple[str, ...]
+) -> None:
+    """A mistyped path, say, then the right one: with nothing logged, saved or finished there is no run to mix up."""
+    open_run(tmp_path).__exit__()
+    for name in left:
+        (tmp_path / name).touch()
+    begin(tmp_path, {"seed": 4})
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"seed": 4}
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert (record["seed"], record["config"], len(record["starts"])) == (4, {"seed": 4}, 1)
+
+
+@pytest.mark.parametrize("left", ["checkpoints", "summary.json"])
+def test_a_run_that_saved_or_finished_without_a_logged_step_is_not_given_up(tmp_path: Path, left: str) -> None:
+    open_run(tmp_path).__exit__()
+    (tmp_path / left).mkdir()
+    with pytest.raises(CheckpointError, match="already holds a run that differs"):
+        open_run(tmp_path, {"seed": 4})
 
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
@@ -107,7 +136,7 @@ values = st.recursive(
 @given(config=st.dictionaries(st.text(), values, max_size=4))
 def test_any_configuration_is_recognised_as_itself(config: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        open_run(Path(folder), config).__exit__()
+        begin(Path(folder), config)
         with open_run(Path(folder), config) as run:
             assert run.notes == ()
 

@@ -23,8 +23,8 @@ from typing import IO, Any
 
 import yaml
 
-from accord.errors import CheckpointError, TrainingError
 from accord.atomic import make_folder, sync, write_json, write_text
+from accord.errors import CheckpointError, TrainingError
 from accord.training.environment import environment, environment_changes
 
 __all__ = ["RunFolder"]
@@ -34,6 +34,7 @@ RUN = "run.json"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 SUMMARY = "summary.json"
+CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 # Where a run is kept does not make it another run.
 NOT_IDENTITY = frozenset({"out"})
@@ -84,7 +85,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     @property
     def finished(self) -> dict[str, Any] | None:
@@ -154,13 +155,10 @@ def _start(path: Path, config: dict[str, Any], fingerprints: dict[str, str]) -> 
     now = environment()
     start = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv, "environment": now}
     changes: list[str] = []
-    if (path / RUN).exists():
-        run = _read_run(path)
-        _require_same_run(path, _identity(run["config"], run["data"]), _identity(config, fingerprints))
+    run = _earlier(path, config, fingerprints)
+    if run is not None:
         changes = environment_changes(run["starts"][-1]["environment"], now)
         write_json(path / RUN, {**run, "starts": [*run["starts"], start]})
-    elif (path / CONFIG).exists():
-        raise CheckpointError(f"{path} holds a {CONFIG} of something else. Use another folder with --set out=...")
     else:
         record = {"seed": config.get("seed"), "data": fingerprints, "config": config, "starts": [start]}
         write_json(path / RUN, record)
@@ -169,6 +167,29 @@ def _start(path: Path, config: dict[str, Any], fingerprints: dict[str, str]) -> 
     if not changes:
         return ()
     return (f"the result can differ in its last bits from an uninterrupted run, because of {'; '.join(changes)}",)
+
+
+def _earlier(path: Path, config: dict[str, Any], fingerprints: dict[str, str]) -> dict[str, Any] | None:
+    """The record of the run this start continues; None for a new one.
+
+    A start that failed before its first step, on a mistyped path say, must not keep its folder from the mended one.
+    """
+    if not (path / RUN).exists():
+        if (path / CONFIG).exists():
+            raise CheckpointError(f"{path} holds a {CONFIG} of something else. Use another folder with --set out=...")
+        return None
+    run = _read_run(path)
+    differences = _differences(_identity(run["config"], run["data"]), _identity(config, fingerprints))
+    if not differences:
+        return run
+    logged = (path / METRICS).exists() and (path / METRICS).stat().st_size
+    if logged or (path / CHECKPOINTS).exists() or (path / SUMMARY).exists():
+        raise CheckpointError(
+            f"{path} already holds a run that differs from this one:\n" + "\n".join(differences) + "\n"
+            f"Use another folder with --set out=..., or delete {path} to start over."
+        )
+    (path / CONFIG).unlink(missing_ok=True)
+    return None
 
 
 def _read_run(path: Path) -> dict[str, Any]:
@@ -195,22 +216,16 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
     return {name: leaf for k, v in value.items() for name, leaf in _flat(v, f"{key}.{k}" if key else k).items()}
 
 
-def _require_same_run(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     missing = "(not set)"
-    differences = [
+    lines = [
         f"  {key}: {old.get(key, missing)!s:.60} there, {new.get(key, missing)!s:.60} now"
         for key in sorted(old.keys() | new.keys())
         if old.get(key, missing) != new.get(key, missing)
     ]
-    if not differences:
-        return
-    if len(differences) > DIFFERENCES_SHOWN:
-        differences[DIFFERENCES_SHOWN:] = [f"  ... and {len(differences) - DIFFERENCES_SHOWN} more"]
-    lines = "\n".join(differences)
-    raise CheckpointError(
-        f"{path} already holds a run that differs from this one:\n{lines}\n"
-        f"Use another folder with --set out=..., or delete {path} to start over."
-    )
+    if len(lines) > DIFFERENCES_SHOWN:
+        lines[DIFFERENCES_SHOWN:] = [f"  ... and {len(lines) - DIFFERENCES_SHOWN} more"]
+    return lines
 
 
 def _length_up_to(path: Path, step: int) -> int:
