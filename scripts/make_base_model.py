@@ -3,9 +3,9 @@
     python scripts/make_base_model.py [--out DIR]
 
 It is an ordinary Accord run: a Llama-like model of about a million parameters learns next-token prediction on text from
-the seeded generator of the assistant task (facts, tables, letters, dialogues of all qualities in another format than the
-chat's), and is then given the chat template that fine-tuning will use. Threads are fixed because they change the order of
-floating-point sums. It takes some minutes on two cores and can be killed and run again.
+the seeded generator of the assistant task (facts, tables, letters, dialogues of all qualities in another format than
+the chat's), and is then given the chat template that fine-tuning will use. Threads are fixed because they change the
+order of floating-point sums. It takes some minutes on two cores and can be killed and run again.
 """
 
 from __future__ import annotations

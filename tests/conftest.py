@@ -19,7 +19,8 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     real_connect = socket.socket.connect
 
     def connect(self: socket.socket, address: object) -> None:
-        if self.family == socket.AF_UNIX or (isinstance(address, tuple) and address[0] in {"127.0.0.1", "::1", "localhost"}):
+        local = isinstance(address, tuple) and address[0] in {"127.0.0.1", "::1", "localhost"}
+        if self.family == socket.AF_UNIX or local:
             return real_connect(self, address)  # type: ignore[arg-type]
         raise AssertionError(f"a test tried to reach the network: {address!r}")
 

@@ -1,4 +1,5 @@
-"""Accord aligns language models with human feedback, end to end, and shows with confidence intervals that they got better.
+"""Accord aligns language models with human feedback, end to end, and shows with confidence intervals that they got
+better.
 
 `import accord` does not import torch; the names below load what they need when first used.
 """

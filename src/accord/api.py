@@ -39,7 +39,7 @@ def train(
     out: str | Path | None = None,
     seed: int = 0,
     quiet: bool = False,
-    **sections: Mapping[str, Any],
+    **sections: Any,
 ) -> TrainResult:
     """Train `model` by PPO against `reward_fn` on `prompts`, or by SFT on `samples`.
 
@@ -59,9 +59,9 @@ def train(
         sections: recipe sections as dicts, for example ppo={"kl_coef": 0.1}, data={"max_tokens": 256}.
     Raises: ConfigError for arguments that do not go together; DataError for unusable rows; RewardError.
     """
-    if (reward_fn is None) == (samples is None):
+    if (reward_fn is None) == (samples is None) or (samples is not None and prompts is not None):
         raise ConfigError("accord.train takes reward_fn= and prompts= (PPO), or samples= (SFT)")
-    tree: dict[str, Any] = {key: dict(value) for key, value in sections.items()}
+    tree: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in sections.items()}
     tree["seed"] = seed
     tree["model"] = {**tree.get("model", {}), "path": str(model)}
     tree.setdefault("data", {}).setdefault("holdout", 0.0)
@@ -107,6 +107,7 @@ def _sample(sample: Any, index: int) -> Group:
         if first is not None:
             return Group(messages[:first], (Completion(messages[first:]),))
     raise DataError(
-        f"samples[{index}] is {sample!r}: expected a text, a (prompt, answer) pair of texts, or a list of messages with an "
+        f"samples[{index}] is {sample!r}: expected a text, a (prompt, answer) pair of texts, or a list of messages "
+        f"with an "
         "assistant turn"
     )

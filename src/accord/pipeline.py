@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from accord.atomic import write_json
 from accord.config import Recipe
 from accord.evaluation.stage import run_evaluate
 from accord.methods.context import Context
@@ -17,7 +18,6 @@ from accord.methods.reward import run_reward
 from accord.methods.sft import run_sft
 from accord.report.overview import overview_report
 from accord.rewards.scorers import RewardFunction
-from accord.atomic import write_json
 
 __all__ = ["STAGES", "run_stages", "write_overview"]
 
@@ -27,6 +27,9 @@ STAGES: Mapping[str, Callable[[Context], dict[str, Any]]] = {
     "ppo": run_ppo,
     "evaluate": run_evaluate,
 }
+
+# The order in which stages appear in the overview; `annotate` is the quickstart's simulated people.
+SHOWN = ("base", "sft", "annotate", "reward", "ppo", "evaluate")
 
 
 def run_stages(
@@ -45,14 +48,14 @@ def run_stages(
 
 def write_overview(context: Context, more: Mapping[str, Any] | None = None) -> None:
     """The root's summary.json and report.html over all finished stages there."""
-    done = [s for s in ("base", *STAGES) if (context.root / s / "summary.json").exists()]
+    done = [s for s in SHOWN if (context.root / s / "summary.json").exists()]
     summaries = {stage: json.loads((context.root / stage / "summary.json").read_bytes()) for stage in done}
     evaluation = summaries.get("evaluate", {})
     summary = {
         "name": context.recipe.name,
         "seconds": sum(s["seconds"] for s in summaries.values()),
         "stages": done,
-        "account": [text for stage in done for text in summaries[stage].get("account", ())[:1]],
+        "account": [text for stage in done for text in _account(stage, summaries[stage])],
         "comparisons": evaluation.get("comparisons", []),
         "side_by_side": evaluation.get("side_by_side", []),
         **(more or {}),
@@ -60,3 +63,9 @@ def write_overview(context: Context, more: Mapping[str, Any] | None = None) -> N
     write_json(context.root / "summary.json", summary)
     page = overview_report(context.root, done)
     context.console.print(f"\nreport: {page}", highlight=False)
+
+
+def _account(stage: str, summary: Mapping[str, Any]) -> list[str]:
+    """What the overview says of a stage: its first paragraph, and all of the evaluation."""
+    account = summary.get("account", [])
+    return account if stage == "evaluate" else account[:1]

@@ -1,7 +1,7 @@
 """Counter-based randomness: every random number is a function of a key, so nothing random has to survive a restart.
 
-A key is a tuple such as `("ppo", seed, step, prompt_id, sample_index)`. Equal keys give equal numbers whatever was drawn
-before, in whatever batch, process or order. There is no global generator in Accord.
+A key is a tuple such as `("ppo", seed, step, prompt_id, sample_index)`. Equal keys give equal numbers whatever was
+drawn before, in whatever batch, process or order. There is no global generator in Accord.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The records that cross boundaries in Accord: frozen, documented, free of torch.
 
-One idea carries all methods: a `Group` is one prompt with zero or more completions. Text records (`Message`, `Completion`,
-`Group`) come from files; token records (`TokenCompletion`, `TokenGroup`) go to models; `SampledCompletion` comes from
-samplers; `Score` comes from scorers.
+One idea carries all methods: a `Group` is one prompt with zero or more completions. Text records (`Message`,
+`Completion`, `Group`) come from files; token records (`TokenCompletion`, `TokenGroup`) go to models;
+`SampledCompletion` comes from samplers; `Score` comes from scorers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a record came from; prints as `file:line`. Lines count from 1; for JSON arrays the line of the row's start."""
+    """Where a record came from; prints as `file:line`. Lines count from 1; for JSON arrays the line of the row's
+    start."""
 
     file: str
     line: int
@@ -99,7 +100,8 @@ class Group:
 
     @property
     def prompt_id(self) -> int:
-        """A 63-bit id of the prompt's content, stable across files and runs: the key of its randomness and its cluster."""
+        """A 63-bit id of the prompt's content, stable across files and runs: the key of its randomness and its
+        cluster."""
         return content_id([[m.role, m.content] for m in self.prompt])
 
 

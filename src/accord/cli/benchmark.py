@@ -20,7 +20,8 @@ def add_parser(commands: Any) -> None:
     walks = kinds.add_parser(
         "randomwalks",
         help="shortest paths on a random graph, graded against the exact optimum",
-        description="Trains a small GPT-2 from nothing on random walks (SFT), then towards short ones (PPO), and computes "
+        description="Trains a small GPT-2 from nothing on random walks (SFT), then towards short ones (PPO), and "
+        "computes "
         "score, KL and the best possible objective exactly, by enumerating all legal walks.",
         epilog="examples:\n  accord benchmark randomwalks --method sft\n"
         "  accord benchmark randomwalks --method ppo --set ppo.kl_coef=0.1 --json",

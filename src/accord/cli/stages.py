@@ -41,7 +41,8 @@ def _add(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
         name,
         help=text,
         description=f"{text[0].upper()}{text[1:]}.",
-        epilog=f"{_keys(name)}example:\n  {EXAMPLES[name]}\n\nRun the same command again to continue an interrupted run. "
+        epilog=f"{_keys(name)}example:\n  {EXAMPLES[name]}\n\nRun the same command again to continue an interrupted "
+        f"run. "
         "All keys: docs/configuration.md",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -42,7 +42,8 @@ def _ppo(ppo: PPOConfig, max_tokens: int) -> list[str]:
         problems.append("`ppo.reward_model` and `ppo.reward_function` are both set: keep the one that scores")
     if ppo.reward_function is not None and ppo.value_init == "reward":
         problems.append(
-            "`ppo.value_init` = reward, but `ppo.reward_function` is no model to start from: set `ppo.value_init` = policy"
+            "`ppo.value_init` = reward, but `ppo.reward_function` is no model to start from: set `ppo.value_init` = "
+            "policy"
         )
     if ppo.kl_controller == "adaptive" and ppo.target_kl is None:
         problems.append("`ppo.kl_controller` = adaptive needs `ppo.target_kl` (nats per sequence, for example 6)")
@@ -57,7 +58,8 @@ def _ppo(ppo: PPOConfig, max_tokens: int) -> list[str]:
         )
     if ppo.max_new_tokens >= max_tokens:
         problems.append(
-            f"`ppo.max_new_tokens` = {ppo.max_new_tokens} leaves no room for a prompt within `data.max_tokens` = {max_tokens}"
+            f"`ppo.max_new_tokens` = {ppo.max_new_tokens} leaves no room for a prompt within `data.max_tokens` = "
+            f"{max_tokens}"
         )
     if (
         ppo.whiten_advantages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ from accord.config.sections import Recipe
 from accord.errors import ConfigError
 
 __all__ = ["load_recipe", "merged", "overrides_tree", "parse_override", "recipe_from", "section_in"]
+
+EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
 # What people's fingers know from other tools, and our name for it.
 FOREIGN_NAMES = {
@@ -73,12 +76,9 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads `1e-5` as text; people mean the number."""
+    """YAML 1.1 reads `1e-5` as text; people mean the number. Quoted digits stay the text they are."""
     if isinstance(value, str):
-        try:
-            return float(value) if any(c.isdigit() for c in value) and set(value) <= set("0123456789.eE+-") else value
-        except ValueError:
-            return value
+        return float(value) if EXPONENT.fullmatch(value) else value
     if isinstance(value, dict):
         return {key: _number(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -91,8 +91,8 @@ def load_recipe(
 ) -> Recipe:
     """Read a recipe file, apply the overrides in order, check everything.
 
-    `defaults` lie below the file (what a verb such as `accord sft` implies). Relative data and model paths in a file are
-    taken as the user wrote them, relative to the current folder.
+    `defaults` lie below the file (what a verb such as `accord sft` implies). Relative data and model paths in a file
+    are taken as the user wrote them, relative to the current folder.
 
     Raises: ConfigError naming every wrong key at once.
     """

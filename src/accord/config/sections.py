@@ -51,7 +51,8 @@ class ModelConfig(Section):
     scratch: ScratchConfig | None = Field(None, description="Build a model from nothing instead of loading one.")
     template: str = Field(
         "auto",
-        description="Chat template: `auto` (the tokenizer's own, else `plain`), `plain`, `raw` (prompt + completion, no "
+        description="Chat template: `auto` (the tokenizer's own, else `plain`), `plain`, `raw` (prompt + completion, "
+        "no "
         "turns), or the path of a jinja file.",
     )
     layout: Literal["auto", "shared", "plain"] = Field(

@@ -1,7 +1,7 @@
 """Which groups make which step, and how a step is cut into forward passes.
 
-The order is a function of (seed, stage, epoch) alone, so the position in the data is the step number and nothing else has
-to be remembered. Cutting a step into micro-batches by tokens changes speed and memory, never the gradient.
+The order is a function of (seed, stage, epoch) alone, so the position in the data is the step number and nothing else
+has to be remembered. Cutting a step into micro-batches by tokens changes speed and memory, never the gradient.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def micro_batches(
 ) -> list[list[T]]:
     """Cut one step's items into forward passes of at most `budget` tokens, padding included.
 
-    length  longest row an item makes; rows  how many rows it makes. Items are sorted by length, so rows of a pass are of
-    similar length and little is padded. An item larger than the budget makes a pass of its own.
+    length  longest row an item makes; rows  how many rows it makes. Items are sorted by length, so rows of a pass are
+    of similar length and little is padded. An item larger than the budget makes a pass of its own.
     """
     ordered = sorted(range(len(items)), key=lambda i: (-length(items[i]), i))
     passes: list[list[T]] = []

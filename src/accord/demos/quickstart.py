@@ -171,9 +171,12 @@ def _write(path: Path, groups: Sequence[Group]) -> None:
 def _annotation_summary(context: Context, comparisons: Sequence[Any], groups: Sequence[Group]) -> dict[str, Any]:
     facts = agreement(comparisons)
     account = (
-        f"Simulated annotators compared {len(comparisons):,} pairs of answers, three votes a pair. Two of them agree on "
-        f"{facts.annotators:.1%} of the pairs; one vote picks the truly better answer {facts.accuracy:.1%} of the time, "
-        f"the majority {facts.majority:.1%}. {len(comparisons) - len(groups):,} pairs were two equal answers and are left out."
+        f"Simulated annotators compared {len(comparisons):,} pairs of answers, three votes a pair. Two of them agree "
+        f"on "
+        f"{facts.annotators:.1%} of the pairs; one vote picks the truly better answer {facts.accuracy:.1%} of the "
+        f"time, "
+        f"the majority {facts.majority:.1%}. {len(comparisons) - len(groups):,} pairs were two equal answers and are "
+        f"left out."
     )
     context.say(account)
     return {

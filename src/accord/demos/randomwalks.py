@@ -1,9 +1,9 @@
 """The randomwalks benchmark from nothing: behaviour cloning, then PPO, graded against the exact optimum.
 
 The policy writes walks on a small random graph, one letter a node; a walk scores by how short it reaches the goal. The
-graph is small enough to enumerate, so the expected score, the KL divergence and the best objective any policy could have
-against the reference actually trained are computed, not estimated: a PPO that is wrong somewhere cannot reach 95% of the
-optimum, and a KL that is wrong somewhere would exceed it.
+graph is small enough to enumerate, so the expected score, the KL divergence and the best objective any policy could
+have against the reference actually trained are computed, not estimated: a PPO that is wrong somewhere cannot reach 95%
+of the optimum, and a KL that is wrong somewhere would exceed it.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ SETTINGS: dict[str, Any] = {
     "model": {"template": "raw"},
     "data": {"holdout": 0.0, "max_tokens": 16},
     "sft": {
-        "epochs": 12,
-        "batch_size": 100,
+        "epochs": 30,
+        "batch_size": 50,
         "learning_rate": 1e-3,
         "schedule": "linear",
         "eval_every": 1000,

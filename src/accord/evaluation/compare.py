@@ -10,9 +10,9 @@ import torch
 
 from accord.data.order import micro_batches
 from accord.data.templates import Template
+from accord.losses.kl import kl_k1
 from accord.measures.statistics import cluster_interval, paired_difference, win_rate
 from accord.measures.text import distinct_n, num_words, repetition, rouge_l
-from accord.losses.kl import kl_k1
 from accord.models.layout import collate
 from accord.models.token_scores import score_tokens
 from accord.records import Group, Interval, SampledCompletion, ScoreRequest, TokenCompletion, TokenGroup

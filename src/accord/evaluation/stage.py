@@ -274,36 +274,47 @@ def _summary(
             "better" if c.win_rate.low > 0.5 else "worse" if c.win_rate.high < 0.5 else "not distinguishably different"
         )
         account.append(
-            f"Judged by {_judge_name(c.judge)} on {count} held-out prompts, {c.name} is {verdict} than {c.base}: it wins "
+            f"Judged by {_judge_name(c.judge)} on {count} held-out prompts, {c.name} is {verdict} than {c.base}: it "
+            f"wins "
             f"{c.wins:.1%}, ties {c.ties:.1%}; win rate {c.win_rate.value:.1%} (95% interval {c.win_rate.low:.1%} to "
             f"{c.win_rate.high:.1%}, clustered by prompt)."
         )
     warnings = []
     if "gold" not in judges:
         warnings.append(
-            "The judge is a reward model. If a model was trained against it, its win rate shows what was optimised, not "
+            "The judge is a reward model. If a model was trained against it, its win rate shows what was optimised, "
+            "not "
             "that people would agree: have people, or a model trained on other comparisons, judge as well."
         )
-    gold = "gold" in judges
     return {
         "headline": rows,
         "account": account,
         "warnings": warnings,
         "comparisons": [
-            {"name": f"{c.name} over {c.base}", **c.win_rate.as_dict(), "judge": c.judge, "wins": c.wins, "ties": c.ties,
-             "difference": c.difference.as_dict()}
+            {
+                "name": f"{c.name} over {c.base}",
+                "judge": c.judge,
+                **c.win_rate.as_dict(),
+                "wins": c.wins,
+                "ties": c.ties,
+                "difference": c.difference.as_dict(),
+            }
             for c in comparisons
         ],
-        "side_by_side": [
-            {
-                "prompt": "\n".join(m.content for m in next(iter(answers.values())).requests[i].prompt),
-                "answers": {name: a.requests[i].completion for name, a in answers.items()},
-                "scores": {n: a.scores["reward model"][i] for n, a in answers.items()} if "reward model" in judges else {},
-                **({"gold": {n: a.scores["gold"][i] for n, a in answers.items()}} if gold else {}),
-            }
-            for i in range(min(count, SIDE_BY_SIDE))
-        ],
-    }  # fmt: skip
+        "side_by_side": [_exchange(list(answers.values()), i) for i in range(min(count, SIDE_BY_SIDE))],
+    }
+
+
+def _exchange(answers: list[Answers], index: int) -> dict[str, Any]:
+    """One prompt with what every model answered and what every judge said of it."""
+    row: dict[str, Any] = {
+        "prompt": "\n".join(m.content for m in answers[0].requests[index].prompt),
+        "answers": {a.name: a.requests[index].completion for a in answers},
+    }
+    for key, judge in (("scores", "reward model"), ("gold", "gold")):
+        if judge in answers[0].scores:
+            row[key] = {a.name: a.scores[judge][index] for a in answers}
+    return row
 
 
 def _judge_name(judge: str) -> str:

@@ -79,6 +79,10 @@ class LoadedPolicy:
     def pad_id(self) -> int:
         return self.template.tokenizer.pad_token_id
 
+    def save(self, folder: Path, card: str) -> None:
+        """Write the model with its tokenizer, template and card."""
+        save_model(self.model, self.template.tokenizer, folder, stop_ids=self.template.stop_ids, card=card)
+
     @classmethod
     def from_folder(cls, folder: Path | str, choice: str) -> LoadedPolicy:
         model, tokenizer = load_policy(folder)
@@ -95,8 +99,8 @@ def run_stage(
 ) -> dict[str, Any]:
     """Run `body` in the stage's folder unless it is finished there, write its summary and report, return the summary.
 
-    `settings` and `sources` (what -> content hash) are all the result depends on: a finished or interrupted run of other
-    settings in the same folder is refused, never mixed in.
+    `settings` and `sources` (what -> content hash) are all the result depends on: a finished or interrupted run of
+    other settings in the same folder is refused, never mixed in.
     """
     folder = context.root / stage
     context.console.print(f"\n[bold]{stage}[/]  {folder}", highlight=False)
@@ -170,7 +174,8 @@ def stage_model(context: Context, stage: str) -> Path | None:
         return folder / "model"
     if getattr(context.recipe, stage, None) is not None:
         raise ConfigError(
-            f"the {stage} stage of this recipe is not finished in {folder}: run `accord {stage}` first, or `accord run` "
+            f"the {stage} stage of this recipe is not finished in {folder}: run `accord {stage}` first, or `accord "
+            f"run` "
             "for all stages in order"
         )
     return None

@@ -18,7 +18,8 @@ HASH_RANGE = 1 << 63
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Groups for one purpose. `sources` says what they came from (path -> content hash); `notes` what was done to them."""
+    """Groups for one purpose. `sources` says what they came from (path -> content hash); `notes` what was done to
+    them."""
 
     groups: tuple[Group, ...] = ()
     sources: dict[str, str] = field(default_factory=dict)

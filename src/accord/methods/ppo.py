@@ -20,11 +20,11 @@ from torch import Tensor
 
 from accord.config import PPOConfig
 from accord.data.order import batch_indices
-from accord.measures.text import distinct_n, repetition
 from accord.losses.advantages import gae, token_rewards
 from accord.losses.kl import adaptive_kl_coef, kl_k1
 from accord.losses.masked import masked_mean, whiten
 from accord.losses.ppo import entropy_loss, ppo_policy_loss, ppo_value_loss
+from accord.measures.text import distinct_n, repetition
 from accord.methods.offline import group_passes, peak_memory_mb
 from accord.methods.rollouts import Rollout, RolloutModels, collect
 from accord.models.layout import collate
@@ -80,9 +80,9 @@ class PPOTrainer:
             "time/generate_seconds": rollout.generate_seconds,
             "time/score_seconds": rollout.score_seconds,
             "time/update_seconds": seconds,
-            "system/tokens_per_second": float(rollout.mask.sum()) / (rollout.generate_seconds + rollout.score_seconds + seconds),
+            "system/tokens_per_second": float(rollout.mask.sum()) / (rollout.seconds + seconds),
             "system/peak_memory_mb": peak_memory_mb(),
-        }  # fmt: skip
+        }
         if section.kl_controller == "adaptive" and section.target_kl is not None:
             self._kl_coef = adaptive_kl_coef(
                 self._kl_coef,

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from accord.config import PPOConfig
 from accord.data.templates import Template
 from accord.errors import ConfigError
+from accord.methods.card import model_card
 from accord.methods.context import (
     Context,
     LoadedPolicy,
@@ -24,7 +25,7 @@ from accord.methods.context import (
 from accord.methods.corpus import split_holdout
 from accord.methods.ppo import RATIO_TOLERANCE, PPOTrainer
 from accord.methods.rollouts import RolloutModels
-from accord.models.load import load_reward_model, reward_model_from, save_model, value_model_from
+from accord.models.load import load_reward_model, reward_model_from, value_model_from
 from accord.randomness import torch_seed
 from accord.records import TokenCompletion, TokenGroup
 from accord.report.reading import Points, read_run
@@ -45,6 +46,9 @@ def run_ppo(context: Context) -> dict[str, Any]:
     gold = function_scorer(context, "ppo.gold_function", section.gold_function)
     reward_folder = None if function is not None else _reward_folder(context, section)
     part = context.corpus.all_prompts()
+    sources = part.sources | weights_hash(start)
+    if reward_folder is not None:
+        sources |= {"reward weights": "".join(weights_hash(reward_folder).values())}
 
     def body(run: RunFolder) -> dict[str, Any]:
         for note in part.notes:
@@ -57,7 +61,8 @@ def run_ppo(context: Context) -> dict[str, Any]:
         prompts = tokenised(context, groups, policy.template, "prompts", max_tokens=room, max_prompt_tokens=limit)
         if len(prompts) < section.prompts_per_step:
             raise ConfigError(
-                f"`ppo.prompts_per_step` = {section.prompts_per_step}, but only {len(prompts)} distinct training prompts "
+                f"`ppo.prompts_per_step` = {section.prompts_per_step}, but only {len(prompts)} distinct training "
+                f"prompts "
                 "are left: lower it, or give more prompts"
             )
         models = _models(context, section, policy, function, gold, reward_folder, [t for _, t in prompts])
@@ -67,16 +72,14 @@ def run_ppo(context: Context) -> dict[str, Any]:
             f"{section.samples_per_prompt} samples, {section.update_epochs} x {section.minibatches} updates each"
         )
         run_training(trainer, run, context.console)
-        save_model(policy.model, policy.template.tokenizer, run.path / "model")
-        return _summary(run, trainer, section, models.scorer.name)
+        summary = _summary(run, trainer, section, models.scorer.name)
+        policy.save(run.path / "model", model_card(context.recipe, "ppo", start, sources, summary))
+        return summary
 
     settings = {
         "ppo": section.model_dump(mode="json"),
         "data": context.recipe.data.model_dump(mode="json", include={"holdout", "max_tokens", "max_prompt_tokens"}),
     }
-    sources = part.sources | weights_hash(start)
-    if reward_folder is not None:
-        sources |= {"reward weights": "".join(weights_hash(reward_folder).values())}
     return run_stage(context, "ppo", settings=settings, sources=sources, body=body)
 
 
@@ -161,7 +164,8 @@ def _summary(run: RunFolder, trainer: PPOTrainer, section: PPOConfig, scorer: st
         f"score went from {first['rollout/score/mean']:+.2f} to {last['rollout/score/mean']:+.2f}, at a distance of "
         f"{kl:.2f} nats per answer from the model it started from (KL, k1 estimator; first and last tenth of the run).",
         f"Answers went from {first['rollout/completion_tokens/mean']:.1f} to "
-        f"{last['rollout/completion_tokens/mean']:.1f} tokens; {last['rollout/finished_fraction']:.1%} ended by themselves.",
+        f"{last['rollout/completion_tokens/mean']:.1f} tokens; {last['rollout/finished_fraction']:.1%} ended by "
+        f"themselves.",
     ]
     if "rollout/gold_utility/mean" in last:
         account.append(

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from accord.config import RewardConfig
-from accord.measures.statistics import calibration_bins, calibration_error, pearson, win_rate
 from accord.losses.reward import centring_penalty, ranked_loss
+from accord.measures.statistics import calibration_bins, calibration_error, pearson, win_rate
+from accord.methods.card import model_card
 from accord.methods.context import (
     Context,
     LoadedPolicy,
@@ -158,6 +159,7 @@ def run_reward(context: Context) -> dict[str, Any]:
     start: Path | str = section.init or stage_model(context, "sft") or base_folder(context)
     part = context.corpus.comparisons()
     references = _reference_groups(context, section)
+    sources = part.sources | _reference_sources(context, section) | weights_hash(start)
 
     def body(run: RunFolder) -> dict[str, Any]:
         for note in part.notes:
@@ -184,13 +186,14 @@ def run_reward(context: Context) -> dict[str, Any]:
         )
         run_training(trainer, run, context.console)
         shift = _normalise(context, model, policy, references, section.micro_batch_tokens)
-        save_model(model, policy.template.tokenizer, run.path / "model")
         scored = _score_held_out(model, tests, layout, policy.pad_id, section.micro_batch_tokens) if tests else None
-        return _summary(len(items), trainer.total_steps, scored, shift, part.notes)
+        summary = _summary(len(items), trainer.total_steps, scored, shift, part.notes)
+        card = model_card(context.recipe, "reward", start, sources, summary)
+        save_model(model, policy.template.tokenizer, run.path / "model", card=card)
+        return summary
 
     data = context.recipe.data.model_dump(mode="json", include={"holdout", "max_tokens", "max_prompt_tokens"})
     settings = {"reward": section.model_dump(mode="json"), "data": data}
-    sources = part.sources | _reference_sources(context, section) | weights_hash(start)
     return run_stage(context, "reward", settings=settings, sources=sources, body=body)
 
 
@@ -265,7 +268,8 @@ def _summary(count: int, steps: int, scored: HeldOut | None, shift: str, notes: 
     length = pearson(scored.lengths, scored.scores)
     account.append(
         f"On {len(scored.differences):,} held-out pairs it agrees with the annotators {accuracy.value:.1%} of the time "
-        f"(95% interval {accuracy.low:.1%} to {accuracy.high:.1%}). Annotators disagree with each other, so 100% is not "
+        f"(95% interval {accuracy.low:.1%} to {accuracy.high:.1%}). Annotators disagree with each other, so 100% is "
+        f"not "
         f"attainable. Its confidence is off by {error:.1%} on average. The correlation of score and length is "
         f"{length.value:+.2f}."
     )

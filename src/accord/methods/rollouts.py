@@ -47,6 +47,10 @@ class Rollout:
     generate_seconds: float
     score_seconds: float
 
+    @property
+    def seconds(self) -> float:
+        return self.generate_seconds + self.score_seconds
+
 
 @dataclass(frozen=True, slots=True)
 class RolloutModels:

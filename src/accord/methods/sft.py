@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accord.measures.statistics import cluster_interval
 from accord.losses.sft import sft_loss
+from accord.measures.statistics import cluster_interval
+from accord.methods.card import model_card
 from accord.methods.context import (
     Context,
     LoadedPolicy,
@@ -27,7 +28,6 @@ from accord.methods.context import (
 from accord.methods.corpus import split_holdout
 from accord.methods.offline import OfflineTrainer, Sums, group_passes
 from accord.models.layout import CompletionBatch, Layout, collate
-from accord.models.load import save_model
 from accord.models.token_scores import score_tokens
 from accord.records import TokenGroup
 from accord.training.loop import run_training
@@ -78,6 +78,7 @@ def run_sft(context: Context) -> dict[str, Any]:
     assert section is not None
     start = base_folder(context)
     part = context.corpus.demonstrations()
+    sources = part.sources | weights_hash(start)
 
     def body(run: RunFolder) -> dict[str, Any]:
         for note in part.notes:
@@ -108,12 +109,14 @@ def run_sft(context: Context) -> dict[str, Any]:
             f"{len(items)} demonstrations, {len(tests)} held out, {trainer.total_steps} steps of {section.batch_size}"
         )
         run_training(trainer, run, context.console)
-        save_model(policy.model, policy.template.tokenizer, run.path / "model")
-        return _summary(policy, items, tests, layout, section.micro_batch_tokens, trainer.total_steps, part.notes)
+        summary = _summary(policy, items, tests, layout, section.micro_batch_tokens, trainer.total_steps, part.notes)
+        card = model_card(context.recipe, "sft", start, sources, summary)
+        policy.save(run.path / "model", card)
+        return summary
 
     data = context.recipe.data.model_dump(mode="json", include={"holdout", "max_tokens", "max_prompt_tokens"})
     settings = {"sft": section.model_dump(mode="json"), "data": data}
-    return run_stage(context, "sft", settings=settings, sources=part.sources | weights_hash(start), body=body)
+    return run_stage(context, "sft", settings=settings, sources=sources, body=body)
 
 
 def _summary(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -138,19 +139,30 @@ def value_model_from(reward_model: Any) -> Any:
     return model
 
 
-def save_model(model: Any, tokenizer: Any, folder: str | Path) -> Path:
+def save_model(
+    model: Any, tokenizer: Any, folder: str | Path, *, stop_ids: Sequence[int] = (), card: str | None = None
+) -> Path:
     """Writes model and tokenizer as a Hugging Face folder, whole or not at all; replaces `folder` if it exists.
 
-    Everything is written beside the folder, flushed to the disk, and renamed into place.
+    Everything is written beside the folder, flushed to the disk, and renamed into place. `stop_ids` are the tokens
+    plain transformers shall stop at when it generates (a chat's end of turn may be another token than the tokenizer's
+    EOS); `card` is the text of the model card, README.md.
     """
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.config.pad_token_id = tokenizer.pad_token_id
+    if stop_ids:
+        model.generation_config.eos_token_id = list(stop_ids)
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    if card is not None:
+        (partial / "README.md").write_text(card, encoding="utf-8")
     for file in (*partial.rglob("*"), partial):
+        # safetensors makes its files private to the user; a model folder is for whoever may read the run's folder.
+        file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
         _flush(file)
     replaced = folder.with_name(f".{folder.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
@@ -160,6 +172,13 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path) -> Path:
     _flush(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
     return folder
+
+
+def _umask() -> int:
+    """The process's file mode mask, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _flush(path: Path) -> None:

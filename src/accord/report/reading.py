@@ -199,7 +199,7 @@ def _estimate(name: str, item: dict[str, Any], source: str) -> Estimate:
 
 def _comparisons(summary: dict[str, Any]) -> tuple[Estimate, ...]:
     listed = [(item["name"], item) for item in summary.get("comparisons", ())]
-    pairs = listed + list(summary.get("win_rates", {}).items())
+    pairs = listed or list(summary.get("win_rates", {}).items())
     return tuple(_estimate(name, {"unit": "fraction", **item}, _judge(item.get("judge", ""))) for name, item in pairs)
 
 

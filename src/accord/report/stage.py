@@ -29,8 +29,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from accord.report.blocks import account, exchanges, key_figures, key_value_table, warnings
 from accord.atomic import write_text
+from accord.report.blocks import account, exchanges, key_figures, key_value_table, warnings
 from accord.report.html import Html, duration, element, number, page, section
 from accord.report.panels import (
     calibration_figure,

@@ -34,9 +34,9 @@ class Scorer(Protocol):
 class ModelScorer:
     """A reward model with its own tokenizer and template.
 
-    The answer is rendered as a finished assistant turn, so the head reads the end-of-turn token it was trained on; whether
-    the policy really finished is the missing-EOS penalty's business. Prompts that are too long lose their oldest part, as
-    when the reward model was trained; answers that do not fit are errors.
+    The answer is rendered as a finished assistant turn, so the head reads the end-of-turn token it was trained on;
+    whether the policy really finished is the missing-EOS penalty's business. Prompts that are too long lose their
+    oldest part, as when the reward model was trained; answers that do not fit are errors.
     """
 
     def __init__(

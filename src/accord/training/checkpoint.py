@@ -26,8 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from accord.errors import AccordError, ConfigError, TrainingError
 from accord.atomic import make_folder, sync, write_text
+from accord.errors import AccordError, ConfigError, TrainingError
 
 __all__ = ["Loaded", "Snapshot", "load_latest", "save_checkpoint"]
 

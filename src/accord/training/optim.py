@@ -19,8 +19,8 @@ MAX_SKIPPED_IN_A_ROW = 5
 def learning_rate_at(step: int, total: int, peak: float, section: OptimiserFields) -> float:
     """Learning rate of step `step` in 1..total.
 
-    Warm-up rises linearly to `peak` over ceil(warmup_fraction * total) steps. After it, with p in [0, 1) the share of the
-    remaining steps already done: constant: peak; linear: peak (1 - p); cosine: peak (1 + cos(pi p)) / 2.
+    Warm-up rises linearly to `peak` over ceil(warmup_fraction * total) steps. After it, with p in [0, 1) the share of
+    the remaining steps already done: constant: peak; linear: peak (1 - p); cosine: peak (1 + cos(pi p)) / 2.
     """
     warmup = math.ceil(section.warmup_fraction * total)
     if step <= warmup:

@@ -1,0 +1,46 @@
+"""The model card written beside every trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from accord import __version__
+from accord.config import Recipe
+
+__all__ = ["model_card"]
+
+TITLES = {
+    "sft": ("Supervised fine-tuned model", "text-generation"),
+    "reward": ("Reward model", "text-classification"),
+    "ppo": ("Policy trained with PPO", "text-generation"),
+}
+
+
+def model_card(
+    recipe: Recipe, stage: str, start: Path | str, sources: Mapping[str, str], summary: Mapping[str, Any]
+) -> str:
+    """What a reader of the folder should know: where the model comes from, how it was made, what was measured."""
+    title, pipeline = TITLES[stage]
+    header = yaml.safe_dump(
+        {"library_name": "transformers", "pipeline_tag": pipeline, "tags": ["accord", "rlhf", stage]}
+    )
+    settings = yaml.safe_dump(getattr(recipe, stage).model_dump(mode="json", exclude_none=True), sort_keys=False)
+    numbers = [
+        f"| {row['name']} | {row['value']:.4g} | "
+        + (f"{row['low']:.4g} to {row['high']:.4g}, n = {row['n']} |" if "low" in row else " |")
+        for row in summary.get("headline", ())
+    ]
+    data = [f"- {name}: `{fingerprint}`" for name, fingerprint in sources.items()]
+    parts = [
+        f"---\n{header}---\n\n# {title}: {recipe.name}",
+        f"Trained with Accord {__version__} (stage `{stage}`, seed {recipe.seed}), starting from `{start}`.",
+        "\n\n".join([*summary.get("account", ()), *(f"**Warning:** {w}" for w in summary.get("warnings", ()))]),
+        "## Measured\n\n| number | value | 95% interval |\n|---|---|---|\n" + "\n".join(numbers) if numbers else "",
+        "## Data and starting weights, by content hash\n\n" + "\n".join(data),
+        f"## Settings\n\n```yaml\n{settings}```",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
