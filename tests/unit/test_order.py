@@ -1,0 +1,78 @@
+"""The order of the data: every item once an epoch, a fresh order each time, and nothing to remember but the step."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from accord.data.order import batch_indices, micro_batches, num_steps
+
+few = settings(max_examples=50, derandomize=True, deadline=None)
+
+
+@few
+@given(items=st.integers(1, 40), size=st.integers(1, 12), epochs=st.integers(1, 4))
+def test_every_item_is_seen_once_an_epoch(items: int, size: int, epochs: int) -> None:
+    steps = num_steps(items, size, epochs, None)
+    batches = [batch_indices(step, items, size, 7, "sft") for step in range(1, steps + 1)]
+    assert all(1 <= len(batch) <= size for batch in batches)
+    per_epoch = len(batches) // epochs
+    for epoch in range(epochs):
+        seen = [i for batch in batches[epoch * per_epoch : (epoch + 1) * per_epoch] for i in batch]
+        assert sorted(seen) == list(range(items))
+
+
+def test_each_epoch_each_seed_and_each_stage_has_an_order_of_its_own() -> None:
+    orders = [
+        batch_indices(1, 50, 50, 0, "sft"),
+        batch_indices(2, 50, 50, 0, "sft"),
+        batch_indices(1, 50, 50, 1, "sft"),
+        batch_indices(1, 50, 50, 0, "reward"),
+    ]
+    assert len({tuple(order) for order in orders}) == len(orders)
+    assert list(range(50)) not in orders
+
+
+def test_the_order_depends_on_the_key_alone() -> None:
+    later = batch_indices(9, 20, 6, 3, "sft")
+    for step in range(1, 9):
+        batch_indices(step, 20, 6, 3, "sft")
+    assert batch_indices(9, 20, 6, 3, "sft") == later
+
+
+def test_the_number_of_steps_counts_the_smaller_last_batch_and_is_cut_by_max_steps() -> None:
+    assert num_steps(10, 4, 1, None) == 3
+    assert num_steps(10, 4, 2, None) == 6
+    assert num_steps(8, 4, 2, None) == 4
+    assert num_steps(10, 4, 2, 5) == 5
+    assert num_steps(10, 4, 1, 5) == 3
+
+
+@few
+@given(
+    items=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 4)), min_size=1, max_size=20),
+    budget=st.integers(16, 120),
+)
+def test_micro_batches_hold_every_item_once_within_the_budget(items: list[tuple[int, int]], budget: int) -> None:
+    """An item is (tokens of its longest row, rows); a pass costs its longest row times all its rows."""
+    passes = micro_batches(items, lambda item: item[0], lambda item: item[1], budget)
+    assert Counter(item for group in passes for item in group) == Counter(items)
+    for group in passes:
+        cost = max(length for length, _ in group) * sum(rows for _, rows in group)
+        assert cost <= budget or len(group) == 1
+    lengths = [length for group in passes for length, _ in group]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+@few
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=20))
+def test_a_budget_for_everything_makes_one_pass(lengths: list[int]) -> None:
+    passes = micro_batches(lengths, lambda length: length, lambda _: 1, max(lengths) * len(lengths))
+    assert len(passes) == 1
+
+
+def test_items_of_one_length_keep_their_order_and_fill_passes_to_the_budget() -> None:
+    passes = micro_batches(list("abcdefg"), lambda _: 5, lambda _: 2, 30)
+    assert passes == [["a", "b", "c"], ["d", "e", "f"], ["g"]]
