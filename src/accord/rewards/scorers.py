@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -20,7 +22,7 @@ from accord.records import Completion, Group, Message, Score, ScoreRequest
 
 __all__ = ["FunctionScorer", "ModelScorer", "RewardFunction", "Scorer", "load_function", "values_of"]
 
-RewardFunction = Callable[..., float]
+RewardFunction = Callable[..., Any]
 
 
 class Scorer(Protocol):
@@ -62,8 +64,7 @@ class ModelScorer:
         rows = list(zip(places, tokenised.groups, strict=True))
         results = [Score(None, errors.get(index)) for index in range(len(requests))]
         for rows_of_pass in micro_batches(rows, lambda row: row[1].num_tokens, lambda _: 1, self._micro_batch_tokens):
-            pad_id = self._template.tokenizer.pad_token_id
-            batch = collate([group for _, group in rows_of_pass], layout="plain", pad_id=pad_id)
+            batch = collate([group for _, group in rows_of_pass], layout="plain", pad_id=self._template.pad_id)
             with torch.no_grad():
                 scores = score_completions(self._model, batch).tolist()
             for (index, _), value in zip(rows_of_pass, scores, strict=True):
@@ -115,12 +116,17 @@ def load_function(spec: str, key: str) -> RewardFunction:
     module_name, colon, name = spec.partition(":")
     if not colon or not module_name or not name:
         raise ConfigError(f"`{key}` = {spec!r}: expected module:function, for example my_rewards:score")
+    # A console script starts with its own folder on the path, where `python -m` has the current one.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the current folder, which an installed command does not look in
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ConfigError(
             f"`{key}` = {spec!r}: cannot import {module_name!r} ({error}); "
-            "it must be installed, or its folder on PYTHONPATH"
+            "it must be installed, in the current folder, or in a folder on PYTHONPATH"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
