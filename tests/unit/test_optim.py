@@ -35,7 +35,7 @@ def test_a_linear_schedule_falls_in_equal_steps_towards_0() -> None:
 
 
 def test_a_cosine_schedule_is_half_a_cosine_over_the_steps_after_warm_up() -> None:
-    """2 steps of warm-up of 6; then p = 0, 1/4, 1/2, 3/4: (1 + cos(pi p)) / 2 = 1, (2 + sqrt 2)/4, 1/2, (2 - sqrt 2)/4."""
+    """2 steps of warm-up of 6; then p = 0, 1/4, 1/2, 3/4: (1 + cos pi p)/2 = 1, (2 + sqrt 2)/4, .5, (2 - sqrt 2)/4."""
     root = math.sqrt(2)
     expected = [0.5, 1.0, 1.0, (2 + root) / 4, 0.5, (2 - root) / 4]
     assert rates(6, warmup_fraction=1 / 3, schedule="cosine") == pytest.approx(expected, rel=1e-12)

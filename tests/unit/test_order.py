@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accord.data.order import batch_indices, micro_batches, num_steps
+from accord.data.order import batch_indices, epochs_done, micro_batches, num_steps
 
 few = settings(max_examples=50, derandomize=True, deadline=None)
 
@@ -48,6 +48,16 @@ def test_the_number_of_steps_counts_the_smaller_last_batch_and_is_cut_by_max_ste
     assert num_steps(8, 4, 2, None) == 4
     assert num_steps(10, 4, 2, 5) == 5
     assert num_steps(10, 4, 1, 5) == 3
+
+
+@few
+@given(items=st.integers(1, 40), size=st.integers(1, 12), epochs=st.integers(1, 4))
+def test_passes_over_the_data_are_items_seen_by_items_there_are(items: int, size: int, epochs: int) -> None:
+    seen = 0
+    for step in range(1, num_steps(items, size, epochs, None) + 1):
+        seen += len(batch_indices(step, items, size, 0))
+        assert abs(epochs_done(step, items, size) - seen / items) < 1e-12
+    assert seen == epochs * items
 
 
 @few

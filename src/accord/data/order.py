@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from accord.randomness import permutation
 
-__all__ = ["batch_indices", "micro_batches", "num_steps"]
+__all__ = ["batch_indices", "epochs_done", "micro_batches", "num_steps"]
 
 T = TypeVar("T")
 
@@ -28,6 +28,12 @@ def batch_indices(step: int, num_items: int, batch_size: int, *key: int | str) -
     epoch, batch = divmod(step - 1, per_epoch)
     order = permutation(num_items, "order", *key, epoch)
     return order[batch * batch_size : (batch + 1) * batch_size]
+
+
+def epochs_done(step: int, num_items: int, batch_size: int) -> float:
+    """Passes over the data after optimiser step `step` (from 1): the smaller last batch ends a pass exactly."""
+    passes, batches = divmod(step, -(-num_items // batch_size))
+    return passes + batches * batch_size / num_items
 
 
 def micro_batches(

@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from torch import Tensor
 
 from accord.config import OptimiserFields
-from accord.data.order import batch_indices, micro_batches, num_steps
+from accord.data.order import batch_indices, epochs_done, micro_batches, num_steps
 from accord.models.layout import CompletionBatch, Layout, collate
 from accord.records import TokenGroup
 from accord.training.loop import Captured, StepOutcome
@@ -19,6 +19,7 @@ from accord.training.optim import Optimiser, learning_rate_at
 __all__ = ["Objective", "OfflineTrainer", "Schedule", "group_passes", "peak_memory_mb"]
 
 Item = TypeVar("Item")
+ItemIn = TypeVar("ItemIn", contravariant=True)
 Sums = dict[str, float]
 
 
@@ -31,16 +32,18 @@ class Schedule(Protocol):
     eval_every: int
 
 
-class Objective(Protocol[Item]):
+class Objective(Protocol[ItemIn]):
     """What makes a method: which tokens an item has, what a step is averaged over, and the loss of a micro-batch."""
 
-    def tokens(self, item: Item) -> TokenGroup: ...
+    def tokens(self, item: ItemIn) -> TokenGroup: ...
 
-    def normaliser(self, items: Sequence[Item]) -> float:
+    def normaliser(self, items: Sequence[ItemIn]) -> float:
         """What the whole optimiser step divides by: tokens or groups."""
         ...
 
-    def loss(self, model: Any, items: Sequence[Item], batch: CompletionBatch, normaliser: float) -> tuple[Tensor, Sums]:
+    def loss(
+        self, model: Any, items: Sequence[ItemIn], batch: CompletionBatch, normaliser: float
+    ) -> tuple[Tensor, Sums]:
         """The loss to differentiate, and sums that add up over micro-batches."""
         ...
 
@@ -70,7 +73,8 @@ class OfflineTrainer(Generic[Item]):
         self.checkpoint_every, self.keep_checkpoints = section.checkpoint_every, section.keep_checkpoints
         self.total_steps = num_steps(len(items), schedule.batch_size, schedule.epochs, schedule.max_steps)
         self._model, self._items, self._section, self._schedule = model, items, section, schedule
-        self._objective, self._layout, self._pad_id, self._seed = objective, layout, pad_id, seed
+        self._objective, self._pad_id, self._seed = objective, pad_id, seed
+        self._layout: Layout = layout
         self._evaluate = evaluate
         self._optimiser = Optimiser(model, section)
         self._tokens = self._sequences = 0
@@ -101,7 +105,7 @@ class OfflineTrainer(Generic[Item]):
             "train/skipped_updates": self._optimiser.skipped,
             "train/tokens": self._tokens,
             "train/sequences": self._sequences,
-            "train/epoch": step * size / len(self._items),
+            "train/epoch": epochs_done(step, len(self._items), size),
             "system/tokens_per_second": tokens / (time.monotonic() - started),
             "system/peak_memory_mb": peak_memory_mb(),
         }
