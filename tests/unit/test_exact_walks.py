@@ -210,6 +210,28 @@ def test_every_number_agrees_with_enumerating_all_sequences() -> None:
     assert found.objective == pytest.approx(found.optimality - 0.2 * found.kl, abs=1e-12)
 
 
+def test_the_kl_of_an_echo_has_its_closed_form() -> None:
+    """Whatever came before, the policy repeats the prompt's letter s with probability .7, ends with .2, and writes any
+    other token with .1 / 21. The reference does the same, except right after an s, where it is uniform. So a prefix
+    contributes k = KL(policy || uniform) if it ends in s, else 0. The prompt does; token t = 1 to 8 is an s with
+    probability .8^(t-1) .7, the earlier ones not having ended the sequence: KL = k (1 + .7 (1 - .8^8) / .2).
+    Beyond the tree this needs each draw's own history, fresh randomness at every token, and ends that end it."""
+
+    def policy(history: Tensor) -> Tensor:
+        p = torch.full((len(history), VOCAB), 0.1 / 21, dtype=torch.float64)
+        p[:, EOS] = 0.2
+        return p.scatter(1, history[:, 1:2], 0.7)
+
+    def reference(history: Tensor) -> Tensor:
+        return torch.where(history[:, -1:] == history[:, 1:2], 1 / VOCAB, policy(history))
+
+    found = _evaluate(HistoryModel(policy), HistoryModel(reference), W1002, num_samples=512)
+    k = 0.7 * math.log(0.7 * VOCAB) + 0.2 * math.log(0.2 * VOCAB) + 0.1 * math.log(0.1 / 21 * VOCAB)
+    assert found.off_path_kl > 0.5 * found.kl
+    assert found.off_path_kl_error < 0.03 * found.kl
+    assert abs(found.kl - k * (1 + 0.7 * (1 - 0.8**8) / 0.2)) < 4 * found.off_path_kl_error
+
+
 def test_the_numbers_agree_with_plain_sampling() -> None:
     """100 whole samples of 9 tokens per prompt: mean optimality and mean log-ratio within 4 standard errors. The policy
     leaks 2% a token, so both sides of the tree matter."""

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
 )
+from transformers.cache_utils import DynamicLayer
 
 from accord.errors import ConfigError, DataError, TrainingError
 from accord.records import SampledCompletion
@@ -255,6 +256,31 @@ def test_prompts_run_once_and_finished_sequences_leave_the_batch(model: PreTrain
     assert rows[-1] < rows[0]
 
 
+@pytest.mark.parametrize(
+    ("max_batch_sequences", "prefills"), [(5, [(1, 8), (1, 5), (1, 3), (1, 3), (1, 1)]), (7, [(2, 8), (2, 3), (1, 1)])]
+)
+def test_batches_hold_whole_groups_of_similar_length(
+    model: PreTrainedModel, max_batch_sequences: int, prefills: list[tuple[int, int]]
+) -> None:
+    """3 samples of prompts of 3, 1, 8, 3 and 5 tokens: a batch of 5 has room for one group, a batch of 7 for two."""
+    shapes: list[tuple[int, int]] = []
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda _m, args, _out: shapes.append(tuple(args[0].shape))
+    )
+    _sampler(model, max_batch_sequences).generate(PROMPTS, 3, Sampling(1), KEY)
+    hook.remove()
+    assert shapes == prefills
+
+
+def test_decoding_does_not_copy_what_is_cached(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's layer concatenates in `update`: it may do so for the prompt, once per model layer."""
+    calls: list[int] = []
+    update = DynamicLayer.update
+    monkeypatch.setattr(DynamicLayer, "update", lambda *args, **kwargs: (calls.append(1), update(*args, **kwargs))[1])
+    _sampler(model).generate(PROMPTS, 2, Sampling(8), KEY)
+    assert len(calls) == 2
+
+
 def test_samples_that_do_not_fit_together_are_split(model: PreTrainedModel) -> None:
     shapes: list[int] = []
     hook = model.get_input_embeddings().register_forward_hook(lambda _m, args, _out: shapes.append(args[0].shape[0]))
@@ -265,10 +291,14 @@ def test_samples_that_do_not_fit_together_are_split(model: PreTrainedModel) -> N
 
 
 def test_the_mode_and_gradients_of_the_model_are_left_alone(model: PreTrainedModel) -> None:
+    grad: set[bool] = set()
+    hook = model.get_input_embeddings().register_forward_hook(lambda *_: grad.add(torch.is_grad_enabled()))
     for training in (True, False):
         model.train(training)
         _sampler(model).generate(PROMPTS, 1, SAMPLING, KEY)
         assert model.training is training
+    assert grad == {False}
+    hook.remove()
     logits = model(torch.tensor([[1, 2, 3]])).logits
     logits.sum().backward()
     assert all(p.grad is not None for p in model.parameters())

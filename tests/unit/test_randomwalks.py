@@ -156,6 +156,7 @@ def test_the_best_of_n_random_walks_scores_exactly(n: int, expected: float) -> N
         ("s", 0.0),
         ("", 0.0),
         ("sba", 0.0),
+        ("dda", 0.0),  # only the first step is no edge
         ("sd?a", 0.0),
         ("?da", 0.0),
         ("a", 1.0),

@@ -75,9 +75,7 @@ class RandomWalks:
         self.adjacency, self.num_draws = _draw_adjacency(draw)
         self.walks = tuple(_draw_walk(draw, self.adjacency) for _ in range(_NUM_WALKS))
         self.prompts = tuple(sorted({walk[0] for walk in self.walks}))
-        distance = _nodes_to_goal(self.adjacency)
-        self._reachable = distance <= MAX_NODES
-        self.shortest = np.minimum(distance, MAX_NODES)
+        self.shortest = np.minimum(_nodes_to_goal(self.adjacency), MAX_NODES)
         self.optimalities = np.array(
             [[self.path_optimality(letter, nodes) for nodes in range(MAX_NODES + 1)] for letter in self.prompts]
         )
@@ -94,7 +92,7 @@ class RandomWalks:
         Where the shortest path has 10 nodes the quotient is 0 / 0: such a path then counts 1.
         """
         node = ALPHABET.index(start)
-        if num_nodes < self.shortest[node] or num_nodes > MAX_NODES or not self._reachable[node]:
+        if num_nodes < self.shortest[node] or num_nodes > MAX_NODES:
             return 0.0
         if self.shortest[node] == MAX_NODES:
             return 1.0
