@@ -31,11 +31,12 @@ class TrainResult:
 
 
 def train(
-    model: str | Path,
+    model: str | Path | Mapping[str, Any],
     *,
     reward_fn: RewardFunction | None = None,
     prompts: Sequence[Prompt] | None = None,
     samples: Sequence[Any] | None = None,
+    template: str = "auto",
     out: str | Path | None = None,
     seed: int = 0,
     quiet: bool = False,
@@ -50,11 +51,13 @@ def train(
     arguments continues an interrupted run, or returns the finished one.
 
     Args:
-        model: folder or hub id of a causal language model, or "quickstart".
+        model: folder or hub id of a causal language model, or "quickstart"; or the whole section of a recipe, for
+            example {"path": "my-model", "template": "plain"}.
         reward_fn: f(prompt, completion) -> float; prompt is the text of a one-message prompt, else its messages. An
             exception in it stops the run and names the prompt.
         prompts: texts, or lists of {"role", "content"}.
         samples: (prompt, answer) pairs, lists of {"role", "content"} ending with the assistant, or plain texts.
+        template: as `model.template` in a recipe.
         out: run folder; default runs/<method>.
         sections: recipe sections as dicts, for example ppo={"kl_coef": 0.1}, data={"max_tokens": 256}.
     Raises: ConfigError for arguments that do not go together; DataError for unusable rows; RewardError.
@@ -63,7 +66,7 @@ def train(
         raise ConfigError("accord.train takes reward_fn= and prompts= (PPO), or samples= (SFT)")
     tree: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in sections.items()}
     tree["seed"] = seed
-    tree["model"] = {**tree.get("model", {}), "path": str(model)}
+    tree["model"] = dict(model) if isinstance(model, Mapping) else {"path": str(model)}
     tree.setdefault("data", {}).setdefault("holdout", 0.0)
     if samples is not None:
         stage, corpus = "sft", Corpus(sft=Part.of([_sample(s, i) for i, s in enumerate(samples)], "samples"))

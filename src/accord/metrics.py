@@ -1,6 +1,6 @@
 """Every number Accord logs, declared once: the log refuses other names, and docs and report tooltips come from here.
 
-Names read `<group>/<quantity>[_<unit>][/<reduction>]`. Groups: train rollout eval data time system. A line of
+Names read `<group>/<quantity>[_<unit>][/<reduction>]`. Groups: train rollout eval time system. A line of
 `metrics.jsonl` belongs to one `step`; how several values inside that step become one number is the reduction. A mean
 is always sum / count over the whole step and all processes, never a mean of means. To add a metric, add one entry.
 """
@@ -27,7 +27,6 @@ GROUPS: Mapping[str, str] = MappingProxyType(
         "train": "What the optimiser saw while it updated the weights.",
         "rollout": "Completions sampled from the policy during PPO, before it is updated on them.",
         "eval": "Held-out data: nothing here was trained on.",
-        "data": "What the data turned into on its way to the model.",
         "time": "Where the seconds went.",
         "system": "Throughput and memory.",
     }
@@ -151,8 +150,6 @@ _DECLARED = (
            "How much a completion repeats itself."),
     Metric("rollout/distinct_2", "fraction", "last", "up", "distinct 2-grams / 2-grams over all samples",
            "Variety over the whole batch. A steady fall means all answers become alike."),
-    Metric("rollout/score_error_fraction", "fraction", "sequence mean", "down", "share of completions without a score",
-           "Completions the scorer failed on. They are left out, never counted as 0."),
     Metric("rollout/prompts", "prompts", "total", "neutral", "prompts so far", "Prompts answered so far."),
     Metric("rollout/samples", "completions", "total", "neutral", "completions so far", "Completions sampled so far."),
     Metric("rollout/gold_utility/mean", "", "sequence mean", "up", "mean(true utility)",
@@ -188,31 +185,22 @@ _DECLARED = (
            "Length of the answers to new prompts, as a reader counts."),
     Metric("eval/finished_fraction", "fraction", "prompt mean", "up", "share of completions ended by a stop token",
            "Answers to new prompts that the model ended itself."),
+    Metric("eval/rouge_1", "fraction", "prompt mean", "up", "F1 of the words in common (Chinese: characters)",
+           "Word overlap with a reference answer. Preference training often lowers it while people like answers more."),
+    Metric("eval/rouge_2", "fraction", "prompt mean", "up", "F1 of the pairs of words in common (Chinese: characters)",
+           "Overlap of word pairs with a reference answer."),
     Metric("eval/rouge_l", "fraction", "prompt mean", "up", "F1 of the longest common subsequence of words",
            "Word overlap with a reference answer. Says nothing about correctness."),
     Metric("eval/distinct_2", "fraction", "last", "up", "distinct 2-grams / 2-grams over all answers",
            "Variety of the answers to new prompts."),
     Metric("eval/repetition", "fraction", "prompt mean", "down", "1 - distinct 3-grams / 3-grams of a completion",
            "How much an answer repeats itself."),
-    Metric("eval/optimality", "fraction", "prompt mean", "up", "1 - (length - shortest) / (longest - shortest)",
-           "Random walks: how close a path is to the shortest one, exactly computed."),
-    Metric("eval/objective", "", "prompt mean", "up", "E[optimality] - kl_coef * KL(policy || reference)",
-           "Random walks: what PPO should maximise, exactly computed."),
-
-    Metric("data/groups", "groups", "total", "neutral", "groups read", "Prompts with their completions, as read."),
-    Metric("data/truncated_fraction", "fraction", "sequence mean", "down", "share of completions cut to fit",
-           "Training texts that lost their end because they did not fit."),
-    Metric("data/padding_fraction", "fraction", "token mean", "down", "1 - real tokens / tokens computed",
-           "Computation spent on padding."),
 
     Metric("time/step_seconds", "seconds", "sum", "down", "wall clock of the step", "One whole step."),
     Metric("time/generate_seconds", "seconds", "sum", "down", "wall clock of sampling", "Writing completions."),
     Metric("time/score_seconds", "seconds", "sum", "down", "wall clock of scoring", "Reward, reference, value passes."),
     Metric("time/update_seconds", "seconds", "sum", "down", "wall clock of the updates", "Forward, backward, step."),
     Metric("time/eval_seconds", "seconds", "sum", "down", "wall clock of evaluation", "Measuring on held-out data."),
-    Metric("time/checkpoint_seconds", "seconds", "sum", "down", "wall clock of saving", "Writing a checkpoint."),
-    Metric("time/elapsed_seconds", "seconds", "total", "neutral", "wall clock since the start, over all restarts",
-           "Time this run has taken so far."),
 
     Metric("system/tokens_per_second", "tokens per second", "last", "up", "tokens of the step / step seconds",
            "Throughput, prompts and completions together."),

@@ -48,15 +48,14 @@ def _randomwalks(args: argparse.Namespace) -> int:
     from accord.training.allocator import keep_freed_memory
 
     keep_freed_memory()
-    from rich.console import Console
-
+    from accord.cli.screen import screen
     from accord.demos.randomwalks import run_randomwalks
 
     result = run_randomwalks(
         args.method,
         seed=args.seed,
         overrides=args.overrides,
-        console=Console(stderr=True),
+        console=screen(stderr=True),
         out=args.out,
         graph_seed=args.graph_seed,
     )
@@ -65,7 +64,7 @@ def _randomwalks(args: argparse.Namespace) -> int:
         facts = {key: value for key, value in asdict(e).items() if key != "prompts"}
         print(json.dumps({"method": result.method, "kl_coef": result.kl_coef, **facts, "seconds": result.seconds}))
         return 0
-    console = Console()
+    console = screen()
     console.print(
         f"optimality {e.optimality:.4f}  (reference {e.reference_optimality:.4f}, a shortest path has 1)\n"
         f"KL to the reference {e.kl:.4f} nats per walk  ({e.off_path_mass:.2%} of the walks leave the graph)\n"

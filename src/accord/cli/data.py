@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from accord.cli.screen import screen
 from accord.data.containers import parts_of
 from accord.data.convert import KINDS, convert_groups, nothing_fits, writing
 from accord.data.formats import FORMATS
@@ -113,7 +114,7 @@ def _mapping(options: list[str]) -> Mapping[str, str]:
 
 
 def _check(args: argparse.Namespace) -> int:
-    mapping, console = _mapping(args.map), Console()
+    mapping, console = _mapping(args.map), screen()
     all_usable = True
     for given in args.files:
         for path in _parts(given):
@@ -208,7 +209,7 @@ def _convert(args: argparse.Namespace) -> int:
             raise DataError(scanned.refusal())
         if not written:
             raise DataError(f"{args.input}: {nothing_fits(to, dropped, kinds)}")
-    console = Console(stderr=True)
+    console = screen(stderr=True)
     _show_reading(console, args.input, scanned)
     for reason, count in dropped.items():
         console.print(f"  left out: {count} {escape(reason)}", style="yellow", highlight=False)
@@ -230,7 +231,7 @@ def _stats(args: argparse.Namespace) -> int:
         reading = {"file": str(args.file), "format": scanned.format, "rows": scanned.rows, "usable": scanned.usable}
         print(json.dumps(reading | stats.as_dict()))
         return 0
-    console = Console()
+    console = screen()
     _show_reading(console, args.file, scanned)
     console.print(_summary(stats))
     console.print(_distributions(stats))

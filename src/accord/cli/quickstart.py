@@ -32,10 +32,9 @@ def _run(args: argparse.Namespace) -> int:
     from accord.training.allocator import keep_freed_memory
 
     keep_freed_memory()
-    from rich.console import Console
-
+    from accord.cli.screen import screen
     from accord.demos.quickstart import run_quickstart
 
     out = args.out or Path(f"runs/quickstart-seed{args.seed}")
-    run_quickstart(out, seed=args.seed, console=Console(), overrides=args.overrides)
+    run_quickstart(out, seed=args.seed, console=screen(), overrides=args.overrides)
     return 0

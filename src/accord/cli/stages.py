@@ -6,8 +6,8 @@ import argparse
 from typing import Any
 
 import yaml
-from rich.console import Console
 
+from accord.cli.screen import screen
 from accord.config import Recipe, load_recipe
 
 __all__ = ["add_parsers"]
@@ -82,7 +82,7 @@ def _run_all(args: argparse.Namespace) -> int:
 def _run(recipe: Recipe, stages: list[str], args: argparse.Namespace) -> int:
     from accord.methods.corpus import read_corpus
 
-    console = Console()
+    console = screen()
     corpus = read_corpus(recipe.data)
     if args.dry_run:
         from accord.methods.plan import plan_table

@@ -188,7 +188,7 @@ class Scan:
                 f"{self.description}).",
                 *shown,
                 *([f"  ... and {more} more; `accord data check {self.path}` lists them."] if more else []),
-                "Repair them, or keep only the good rows with --lenient."
+                "Repair them, or keep only the good rows with --lenient (in a recipe: data.lenient: true)."
                 if self.usable
                 else "No row is usable. If the columns have other names, use --map field=path.",
             ]

@@ -99,6 +99,13 @@ class Template:
         tokenizer.chat_template = source
         return template
 
+    @property
+    def pad_id(self) -> int:
+        """The token that fills rows; masked everywhere."""
+        pad_id = self.tokenizer.pad_token_id
+        assert isinstance(pad_id, int)
+        return pad_id
+
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """What the model is given before it writes its answer, generation prompt included.
 

@@ -11,8 +11,8 @@ import torch
 from accord.data.order import micro_batches
 from accord.data.templates import Template
 from accord.losses.kl import kl_k1
-from accord.measures.statistics import cluster_interval, paired_difference, win_rate
-from accord.measures.text import distinct_n, num_words, repetition, rouge_l
+from accord.measures.statistics import cluster_interval, paired_difference, sign_flip_p_value, win_rate
+from accord.measures.text import distinct_n, num_words, repetition, rouge
 from accord.models.layout import collate
 from accord.models.token_scores import score_tokens
 from accord.records import Group, Interval, SampledCompletion, ScoreRequest, TokenCompletion, TokenGroup
@@ -33,7 +33,7 @@ class Contestant:
 
     @property
     def pad_id(self) -> int:
-        return self.template.tokenizer.pad_token_id
+        return self.template.pad_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,8 @@ class Answers:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """`winner` over `base` by one judge: shares of wins and ties, win rate (ties a half) and mean score difference."""
+    """`name` over `base` by one judge: shares of wins and ties, win rate (ties a half), mean score difference, and the
+    two-sided p value of "neither is better" (prompts' signs flipped at random)."""
 
     name: str
     base: str
@@ -58,6 +59,7 @@ class Comparison:
     ties: float
     win_rate: Interval
     difference: Interval
+    p_value: float
 
 
 def answers_of(
@@ -103,6 +105,7 @@ def compare(answers: Answers, base: Answers, judge: str, tie_margin: float) -> C
         ties=outcomes.count(0.5) / len(outcomes),
         win_rate=win_rate(outcomes, prompts),
         difference=paired_difference(ours, theirs, prompts),
+        p_value=sign_flip_p_value([outcome - 0.5 for outcome in outcomes], prompts, seed=0),
     )
 
 
@@ -119,7 +122,10 @@ def describe(answers: Answers, references: Sequence[str | None]) -> dict[str, In
     }
     known = [(t, r, p) for t, r, p in zip(texts, references, prompts, strict=True) if r]
     if known:
-        facts["eval/rouge_l"] = cluster_interval([rouge_l(t, r) for t, r, _ in known], [p for _, _, p in known])
+        scores = [rouge(text, reference) for text, reference, _ in known]
+        for name in ("rouge_1", "rouge_2", "rouge_l"):
+            values = [getattr(score, name) for score in scores]
+            facts[f"eval/{name}"] = cluster_interval(values, [p for _, _, p in known])
     return facts
 
 

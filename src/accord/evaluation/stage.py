@@ -229,12 +229,12 @@ def _print(
     facts: dict[str, dict[str, Interval | float]],
     judges: dict[str, Scorer],
 ) -> None:
-    table = Table("comparison", "judge", "win rate, 95% interval", "wins", "ties", "score difference", "prompts")
+    table = Table("comparison", "judge", "win rate, 95% interval", "wins", "ties", "score difference", "p", "prompts")
     for c in comparisons:
         w, d = c.win_rate, c.difference
         table.add_row(
             f"{c.name} over {c.base}", c.judge, f"{w.value:.1%}  [{w.low:.1%}, {w.high:.1%}]", f"{c.wins:.1%}",
-            f"{c.ties:.1%}", f"{d.value:+.3f}  [{d.low:+.3f}, {d.high:+.3f}]", str(w.n),
+            f"{c.ties:.1%}", f"{d.value:+.3f}  [{d.low:+.3f}, {d.high:+.3f}]", f"{c.p_value:.2g}", str(w.n),
         )  # fmt: skip
     context.console.print(table)
     table = Table("model", *(f"mean {judge}" for judge in judges), "KL to base of comparison", "tokens", "finished")
@@ -298,6 +298,7 @@ def _summary(
                 "wins": c.wins,
                 "ties": c.ties,
                 "difference": c.difference.as_dict(),
+                "p_value": c.p_value,
             }
             for c in comparisons
         ],

@@ -28,7 +28,6 @@ __all__ = [
     "paired_difference",
     "pearson",
     "sign_flip_p_value",
-    "spearman",
     "win_rate",
 ]
 
@@ -162,16 +161,6 @@ def pearson(x: ArrayLike, y: ArrayLike) -> Interval:
     return _correlation(*_paired(x, y), variance_factor=1.0)
 
 
-def spearman(x: ArrayLike, y: ArrayLike) -> Interval:
-    """Rank correlation (ties get their mean rank) with Fisher's interval, its variance widened by 1.06.
-
-    Arguments, degenerate cases and errors as in `pearson`.
-    Source: Fieller, Hartley and Pearson 1957, Biometrika 44(3/4). Tested by: tests/property/test_statistics.py
-    """
-    x, y = _paired(x, y)
-    return _correlation(_mean_ranks(x), _mean_ranks(y), variance_factor=1.06)
-
-
 def sign_flip_p_value(differences: ArrayLike, clusters: Sequence[int], *, seed: int, num_draws: int = 10_000) -> float:
     """Two-sided p value of "the paired differences are symmetric around 0", by flipping the signs of whole prompts.
 
@@ -250,12 +239,6 @@ def _t_quantile(df: int) -> float:
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
     return z + sum(term / df ** (k + 1) for k, term in enumerate(terms))
-
-
-def _mean_ranks(x: Floats) -> Floats:
-    """Ranks from 0; equal values share the mean of their ranks."""
-    _, index, counts = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts + 1) / 2)[index]
 
 
 def _correlation(x: Floats, y: Floats, *, variance_factor: float) -> Interval:

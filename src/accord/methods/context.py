@@ -77,7 +77,7 @@ class LoadedPolicy:
 
     @property
     def pad_id(self) -> int:
-        return self.template.tokenizer.pad_token_id
+        return self.template.pad_id
 
     def save(self, folder: Path, card: str) -> None:
         """Write the model with its tokenizer, template and card."""
@@ -149,12 +149,12 @@ def _build_base(context: Context, text: Part, run: RunFolder) -> dict[str, Any]:
             "`model.scratch` trains its tokenizer on `data.sft` or `data.preferences`, and neither is set"
         )
     tokenizer = train_tokenizer(texts, vocab_size=scratch.vocab_size)
-    Template.of(tokenizer, context.recipe.model.template)
+    template = Template.of(tokenizer, context.recipe.model.template)
     model = build_model(
         ModelShape(scratch.hidden_size, scratch.layers, scratch.heads, scratch.max_positions, scratch.kind),
         vocab_size=len(tokenizer),
-        pad_id=tokenizer.pad_token_id,
-        eos_id=tokenizer.eos_token_id,
+        pad_id=template.pad_id,
+        eos_id=template.stop_ids[-1],
         seed=torch_seed(context.seed, "base"),
     )
     save_model(model, tokenizer, run.path / "model")

@@ -174,8 +174,7 @@ class PPOTrainer:
         count = int(sum(rollout.mask[g * n : (g + 1) * n].sum() for g in groups))
         sums: dict[str, float] = {}
         for indices in group_passes(groups, lambda g: rollout.groups[g], models.layout, section.micro_batch_tokens):
-            pad_id = models.template.tokenizer.pad_token_id
-            batch = collate([rollout.groups[g] for g in indices], layout=models.layout, pad_id=pad_id)
+            batch = collate([rollout.groups[g] for g in indices], layout=models.layout, pad_id=models.template.pad_id)
             rows = torch.tensor([g * n + k for g in indices for k in range(n)])
             width = batch.valid_mask.shape[1]
             mask, old = batch.valid_mask, rollout.old_logprobs[rows, :width]

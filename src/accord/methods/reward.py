@@ -175,7 +175,9 @@ def run_reward(context: Context) -> dict[str, Any]:
             if not tests:
                 return {}
             scored = _score_held_out(model, tests, layout, policy.pad_id, section.micro_batch_tokens)
-            return {"eval/loss": scored.log_loss, "eval/accuracy": scored.accuracy().value}
+            margin = sum(scored.differences) / max(1, len(scored.differences))
+            accuracy = scored.accuracy().value if scored.differences else 0.5
+            return {"eval/loss": scored.log_loss, "eval/accuracy": accuracy, "eval/margin/mean": margin}
 
         trainer = OfflineTrainer(
             "reward", model, items, section, section, RewardObjective(section.centring_coef),

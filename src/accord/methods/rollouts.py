@@ -121,12 +121,11 @@ def per_token(
         first.append(first[-1] + len(group.completions))
     result = torch.zeros(first[-1], width)
     for indices in group_passes(range(len(groups)), lambda i: groups[i], models.layout, budget):
-        pad_id = models.template.tokenizer.pad_token_id
-        batch = collate([groups[i] for i in indices], layout=models.layout, pad_id=pad_id)
+        batch = collate([groups[i] for i in indices], layout=models.layout, pad_id=models.template.pad_id)
         with torch.no_grad():
             values = function(batch)
         rows = [row for i in indices for row in range(first[i], first[i + 1])]
-        result[rows, : values.shape[1]] = values
+        result[rows, : values.shape[1]] = values.to(result.dtype)
     return result
 
 
