@@ -6,6 +6,8 @@ import os
 import socket
 from pathlib import Path
 
+# Tensors here are tiny: on a busy machine two threads wait for each other far longer than one computes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
