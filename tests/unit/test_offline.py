@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,7 +147,7 @@ TEXTS: list[TokenGroup] = [
 COMPARISONS = [
     Comparison(tokens, ranks, margin, soft_label)
     for tokens, ranks, margin, soft_label in zip(
-        TEXTS, ((0, 1), (1, 0), (0, 1), (1, 0)), (0.0, 0.5, 0.0, 1.0), (1.0, 1.0, 0.8, 1.0), strict=True
+        TEXTS, ((0, 1), (1, 0), (0, 1), (1, 0)), (0.0, 0.5, 0.0, 1.0), (1.0, 0.75, 0.875, 0.625), strict=True
     )
 ] + [Comparison(token_group("xy", "a", "bcd", "ef"), (1, 0, 2))]
 
@@ -193,20 +195,53 @@ def test_neither_layout_nor_micro_batches_change_weights_or_metrics(
             assert other == pytest.approx(row, rel=1e-9, abs=1e-10)
 
 
+def _norm(model: Any) -> float:
+    return math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None))
+
+
+def _row(text: TokenGroup, index: int) -> dict[str, torch.Tensor]:
+    ids = text.prompt_ids + text.completions[index].ids
+    return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+
+
 def test_a_step_weighs_every_counted_token_of_its_batch_the_same() -> None:
-    """The first step's loss against a float64 sum over unpadded rows: capital letters do not count."""
+    """Loss and gradient of the first step against a sum over unpadded rows, in which capital letters do not count."""
     made, model = sft_trainer("shared", 16)
-    total, tokens = 0.0, 0
+    oracle = copy.deepcopy(model)
+    terms = []
     for text in (TEXTS[i] for i in batch_indices(1, len(TEXTS), 3, 0, "sft")):
-        for completion in text.completions:
-            ids = torch.tensor([text.prompt_ids + completion.ids])
-            with torch.no_grad():
-                logprobs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
-            for t, counts in enumerate(completion.mask):
-                place = len(text.prompt_ids) + t - 1
-                total -= float(logprobs[place, completion.ids[t]]) * counts
-                tokens += counts
-    assert made.step(1).metrics["train/loss"] == pytest.approx(total / tokens, rel=1e-10)
+        for index, completion in enumerate(text.completions):
+            logprobs = oracle(**_row(text, index)).logits[0, len(text.prompt_ids) - 1 : -1].log_softmax(-1)
+            terms += [-logprobs[t, completion.ids[t]] for t, counts in enumerate(completion.mask) if counts]
+    loss = torch.stack(terms).mean()
+    loss.backward()
+    row = made.step(1).metrics
+    assert row["train/loss"] == pytest.approx(loss.item(), rel=1e-10)
+    assert row["train/grad_norm"] == pytest.approx(_norm(oracle), rel=1e-8)
+
+
+def test_a_step_weighs_every_prompt_of_its_batch_the_same_and_every_pair_of_a_prompt() -> None:
+    """The gradient of the first step is that of: the mean over prompts of the mean over their pairs of
+    -p log sigmoid(d - m) - (1 - p) log sigmoid(m - d), plus 0.1 times the mean over prompts of (2 mean score)^2."""
+    made, model = reward_trainer("shared", 16)
+    oracle = copy.deepcopy(model)
+    losses, plain = [], []
+    for item in (COMPARISONS[i] for i in batch_indices(1, len(COMPARISONS), 3, 0, "reward")):
+        rows = [_row(item.tokens, index) for index in range(len(item.ranks))]
+        scores = [oracle.score(oracle.base_model(**row).last_hidden_state[0, -1])[0] for row in rows]
+        pairs = [(i, j) for i in range(len(rows)) for j in range(len(rows)) if item.ranks[i] < item.ranks[j]]
+        p = item.soft_label
+
+        def pair(d: torch.Tensor, p: float = p) -> torch.Tensor:
+            return -p * torch.log(torch.sigmoid(d)) - (1 - p) * torch.log(torch.sigmoid(-d))
+
+        plain.append(torch.stack([pair(scores[i] - scores[j]).detach() for i, j in pairs]).mean())
+        loss = torch.stack([pair(scores[i] - scores[j] - item.margin) for i, j in pairs]).mean()
+        losses.append(loss + 0.1 * (2 * torch.stack(scores).mean()) ** 2)
+    torch.stack(losses).mean().backward()
+    row = made.step(1).metrics
+    assert row["train/loss"] == pytest.approx(torch.stack(plain).mean().item(), rel=1e-10)
+    assert row["train/grad_norm"] == pytest.approx(_norm(oracle), rel=1e-8)
 
 
 def test_progress_counts_and_evaluation_are_reported_when_due() -> None:
