@@ -36,7 +36,6 @@ def train(
     reward_fn: RewardFunction | None = None,
     prompts: Sequence[Prompt] | None = None,
     samples: Sequence[Any] | None = None,
-    template: str = "auto",
     out: str | Path | None = None,
     seed: int = 0,
     quiet: bool = False,
@@ -57,16 +56,15 @@ def train(
             exception in it stops the run and names the prompt.
         prompts: texts, or lists of {"role", "content"}.
         samples: (prompt, answer) pairs, lists of {"role", "content"} ending with the assistant, or plain texts.
-        template: as `model.template` in a recipe.
         out: run folder; default runs/<method>.
         sections: recipe sections as dicts, for example ppo={"kl_coef": 0.1}, data={"max_tokens": 256}.
     Raises: ConfigError for arguments that do not go together; DataError for unusable rows; RewardError.
     """
     if (reward_fn is None) == (samples is None) or (samples is not None and prompts is not None):
         raise ConfigError("accord.train takes reward_fn= and prompts= (PPO), or samples= (SFT)")
-    tree: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in sections.items()}
+    tree: dict[str, Any] = _yaml_like(sections)
     tree["seed"] = seed
-    tree["model"] = dict(model) if isinstance(model, Mapping) else {"path": str(model)}
+    tree["model"] = _yaml_like(model if isinstance(model, Mapping) else {"path": model})
     tree.setdefault("data", {}).setdefault("holdout", 0.0)
     if samples is not None:
         stage, corpus = "sft", Corpus(sft=Part.of([_sample(s, i) for i, s in enumerate(samples)], "samples"))
@@ -86,6 +84,15 @@ def train(
     summary = run_stages(recipe, corpus, [stage], Console(quiet=quiet), functions)[stage]
     folder = Path(recipe.out or f"runs/{stage}") / stage
     return TrainResult(folder, folder / "model", summary)
+
+
+def _yaml_like(value: Any) -> Any:
+    """Sections as a recipe file would give them: fresh dicts and lists, paths as text."""
+    if isinstance(value, Mapping):
+        return {key: _yaml_like(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_yaml_like(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _messages(prompt: Prompt, index: int) -> tuple[Message, ...]:

@@ -1,0 +1,168 @@
+"""`accord.train`: the same bits as the commands, and clear refusals of arguments that do not go together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import accord
+from accord.cli.main import main
+from accord.errors import ConfigError, DataError, RewardError
+from accord.models.load import ModelShape, build_model, load_policy, save_model
+from accord.models.scratch_tokenizer import train_tokenizer
+
+SAMPLES = [(f"what comes after {n}?", f"{n + 1}") for n in range(9)]
+PROMPTS = [f"count to {n}" for n in range(6)]
+SFT = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-3, "checkpoint_every": 2}
+PPO = {
+    "prompts_per_step": 3, "samples_per_prompt": 2, "episodes": 12, "max_new_tokens": 6, "minibatches": 2,
+    "update_epochs": 1, "learning_rate": 1e-3,
+}  # fmt: skip
+DATA = {"max_tokens": 48}
+
+
+def score(prompt: str, completion: str) -> float:
+    return completion.count("e") - len(completion) / 10
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tokenizer = train_tokenizer([text for pair in SAMPLES for text in pair], vocab_size=290)
+    shape = ModelShape(hidden_size=16, layers=1, heads=2, max_positions=64)
+    ids = {"pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id}
+    built = build_model(shape, vocab_size=len(tokenizer), seed=0, **ids)
+    return save_model(built, tokenizer, tmp_path_factory.mktemp("model") / "start")
+
+
+def bits(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def command(stage: str, model: Path, out: Path, *settings: str) -> None:
+    pairs = [f"model.path={model}", f"out={out}", "seed=5", "data.max_tokens=48", "data.holdout=0", *settings]
+    assert main([stage, *(part for pair in pairs for part in ("--set", pair))]) == 0
+
+
+def overrides(stage: str, values: dict[str, Any]) -> list[str]:
+    return [f"{stage}.{key}={value}" for key, value in values.items()]
+
+
+def test_sft_gives_the_bits_of_the_command(model: Path, tmp_path: Path) -> None:
+    data = tmp_path / "demos.jsonl"
+    data.write_text("".join(json.dumps({"prompt": p, "response": a}) + "\n" for p, a in SAMPLES))
+    command("sft", model, tmp_path / "cli", f"data.sft={data}", *overrides("sft", SFT))
+    result = accord.train(model, samples=SAMPLES, out=tmp_path / "api", seed=5, sft=SFT, data=DATA, quiet=True)
+    assert result.model == tmp_path / "api" / "sft" / "model"
+    assert bits(result.model) == bits(tmp_path / "cli" / "sft" / "model") != bits(model)
+    assert result.summary["stage"] == "sft"
+    load_policy(result.model)
+
+
+def test_samples_may_be_pairs_or_messages(model: Path, tmp_path: Path) -> None:
+    messages = [[{"role": "user", "content": p}, {"role": "assistant", "content": a}] for p, a in SAMPLES]
+    found = [
+        bits(accord.train(model, samples=samples, out=tmp_path / name, sft=SFT, data=DATA, quiet=True).model)
+        for name, samples in (("pairs", SAMPLES), ("messages", messages))
+    ]
+    assert found[0] == found[1]
+
+
+def test_plain_texts_are_learnt_from_their_first_token_on(model: Path, tmp_path: Path) -> None:
+    settings = {"max_steps": 30, "epochs": 40, "batch_size": 2, "learning_rate": 0.01, "eval_every": 1}
+    texts = ["one two three", "one two four"]
+    result = accord.train(
+        {"path": model, "template": "raw"}, samples=texts, out=tmp_path, sft=settings, data=DATA, quiet=True
+    )
+    losses = [json.loads(row)["train/loss"] for row in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_ppo_gives_the_bits_of_the_command(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rewards_for_the_command.py").write_text(
+        "def score(prompt, completion):\n    return completion.count('e') - len(completion) / 10\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
+    function = ["ppo.reward_function=rewards_for_the_command:score", "ppo.value_init=policy"]
+    command("ppo", model, tmp_path / "cli", f"data.prompts={data}", *function, *overrides("ppo", PPO))
+    result = accord.train(
+        model, reward_fn=score, prompts=PROMPTS, out=tmp_path / "api", seed=5, ppo=PPO, data=DATA, quiet=True
+    )
+    assert bits(result.model) == bits(tmp_path / "cli" / "ppo" / "model") != bits(model)
+
+
+def test_another_seed_gives_other_bits(model: Path, tmp_path: Path) -> None:
+    found = [
+        bits(
+            accord.train(
+                model, reward_fn=score, prompts=PROMPTS, out=tmp_path / str(seed), seed=seed, ppo=PPO, data=DATA,
+                quiet=True,
+            ).model
+        )
+        for seed in (0, 1)
+    ]  # fmt: skip
+    assert found[0] != found[1]
+
+
+def test_calling_again_returns_the_finished_run_without_scoring_anything(model: Path, tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    def counted(prompt: str, completion: str) -> float:
+        calls.append(prompt)
+        return 0.0
+
+    arguments: dict[str, Any] = {"prompts": PROMPTS, "out": tmp_path, "ppo": PPO, "data": DATA, "quiet": True}
+    first = accord.train(model, reward_fn=counted, **arguments)
+    assert len(calls) == PPO["episodes"]
+    second = accord.train(model, reward_fn=counted, **arguments)
+    assert len(calls) == PPO["episodes"]
+    assert second.summary == first.summary
+
+
+def test_a_reward_function_that_raises_stops_the_run_and_names_the_prompt(model: Path, tmp_path: Path) -> None:
+    def moody(prompt: str, completion: str) -> float:
+        if prompt == PROMPTS[2]:
+            raise LookupError("no opinion on this")
+        return 0.0
+
+    with pytest.raises(RewardError, match=rf"(?s)moody failed on .*LookupError: no opinion on this.*{PROMPTS[2]!r}"):
+        accord.train(model, reward_fn=moody, prompts=PROMPTS, out=tmp_path, ppo=PPO, data=DATA, quiet=True)
+    assert not (tmp_path / "ppo" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, r"takes reward_fn= and prompts= \(PPO\), or samples= \(SFT\)"),
+        ({"reward_fn": score, "samples": SAMPLES}, "takes reward_fn="),
+        ({"samples": SAMPLES, "prompts": PROMPTS}, "takes reward_fn="),
+        ({"reward_fn": score}, r"needs prompts=\[\.\.\.\]"),
+        ({"reward_fn": score, "prompts": []}, r"needs prompts=\[\.\.\.\]"),
+        ({"samples": SAMPLES, "learning_rate": 1}, "did you mean `sft.learning_rate`"),
+        ({"samples": SAMPLES, "sft": {"epoch": 1}}, "did you mean `sft.epochs`"),
+        ({"samples": SAMPLES, "sft": 3}, "`sft`"),
+        ({"reward_fn": score, "prompts": PROMPTS, "ppo": {"target_kl": 1}}, "`ppo.target_kl` is read only by"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_refused(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        accord.train("no-model", out=tmp_path, quiet=True, **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"samples": [("a", "b"), 7]}, r"samples\[1\] is 7: expected a text, a \(prompt, answer\) pair"),
+        ({"samples": [[{"role": "user", "content": "a"}]]}, r"samples\[0\] .* with an assistant turn"),
+        ({"samples": [[{"role": "user"}]]}, r"\[0\] is .*expected .*content"),
+        ({"reward_fn": score, "prompts": ["a", [{"text": "b"}]]}, r"prompts\[1\] is .*expected a text or a list"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_named(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        accord.train("no-model", out=tmp_path, quiet=True, **arguments)
