@@ -26,7 +26,7 @@ from accord.tasks.assistant import pretraining_texts
 from accord.training.allocator import keep_freed_memory
 
 ASSETS = Path(__file__).resolve().parents[1] / "src" / "accord" / "assets" / "quickstart"
-NUM_TEXTS = 24_000
+NUM_TEXTS = 60_000
 RECIPE = {
     "name": "quickstart base model",
     "seed": 0,

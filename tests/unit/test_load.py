@@ -158,7 +158,7 @@ def test_weights_that_can_run_code_are_refused_where_no_folder_can_be_looked_int
     """As for a hub name, whose files only transformers sees."""
     torch.save(load_file(saved / "model.safetensors"), saved / "pytorch_model.bin")
     (saved / "model.safetensors").unlink()
-    monkeypatch.setattr("accord.models.load._check_folder", lambda path: None)
+    monkeypatch.setattr("accord.models.load.check_model_path", lambda path: None)
     with pytest.raises(ConfigError, match="cannot load a model"):
         load_policy(saved)
 

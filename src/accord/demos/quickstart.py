@@ -39,7 +39,7 @@ from accord.training.runfolder import RunFolder
 
 __all__ = ["SETTINGS", "gold_utility", "run_quickstart"]
 
-NUM_DEMONSTRATIONS, NUM_COMPARED, NUM_PROMPTS, NUM_HELD_OUT = 3000, 3000, 3000, 500
+NUM_DEMONSTRATIONS, NUM_COMPARED, NUM_PROMPTS, NUM_HELD_OUT = 6000, 5000, 4000, 500
 MAX_NEW_TOKENS = 48
 
 SETTINGS: dict[str, Any] = {
@@ -47,7 +47,7 @@ SETTINGS: dict[str, Any] = {
     "model": {"path": "quickstart"},
     "data": {"holdout": 0.05, "max_tokens": 128},
     "sft": {"epochs": 2, "batch_size": 64, "learning_rate": 1e-3, "eval_every": 25, "checkpoint_every": 25},
-    "reward": {"epochs": 2, "batch_size": 64, "learning_rate": 5e-4, "eval_every": 25, "checkpoint_every": 25},
+    "reward": {"epochs": 2, "batch_size": 64, "learning_rate": 1e-3, "eval_every": 25, "checkpoint_every": 25},
     "ppo": {
         "episodes": 5120,
         "prompts_per_step": 64,

@@ -19,7 +19,7 @@ from accord.data.tokenise import tokenise_groups
 from accord.errors import ConfigError
 from accord.methods.corpus import Corpus, Part
 from accord.models.layout import Layout, layout_cost
-from accord.models.load import ModelShape, build_model, load_policy, save_model
+from accord.models.load import ModelShape, build_model, check_model_path, load_policy, save_model
 from accord.models.scratch_tokenizer import train_tokenizer
 from accord.models.self_check import check_layouts
 from accord.randomness import torch_seed
@@ -182,7 +182,11 @@ def stage_model(context: Context, stage: str) -> Path | None:
 
 
 def weights_hash(folder: Path | str) -> dict[str, str]:
-    """Which weights a folder holds, for the record of what a run depends on; a hub id stands for itself."""
+    """Which weights a folder holds, for the record of what a run depends on; a hub id stands for itself.
+
+    Raises: ConfigError for what cannot be a model, before a run folder is made for it.
+    """
+    check_model_path(folder)
     path = Path(folder)
     if not path.is_dir():
         return {f"weights of {folder}": str(folder)}

@@ -31,6 +31,7 @@ from accord.models.heads import fill_head, scalar_head
 __all__ = [
     "ModelShape",
     "build_model",
+    "check_model_path",
     "load_policy",
     "load_reward_model",
     "reward_model_from",
@@ -190,7 +191,7 @@ def _flush(path: Path) -> None:
 
 
 def _load(kind: Any, path: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    _check_folder(path)
+    check_model_path(path)
     try:
         config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -223,11 +224,14 @@ def _load(kind: Any, path: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def _check_folder(path: str | Path) -> None:
+def check_model_path(path: str | Path) -> None:
+    """Raises ConfigError for what cannot be a model: no folder and no hub name, or a folder without safe weights."""
     folder = Path(path)
     if not folder.is_dir():
-        if folder.is_absolute() or str(path).startswith(".") or str(path).count("/") > 1:
-            raise ConfigError(f"{path}: no such folder; expected a Hugging Face model folder")
+        if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+            raise ConfigError(
+                f"{path}: no such folder; expected a Hugging Face model folder, or a hub name such as owner/name"
+            )
         return
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{path}: no config.json in this folder; expected a Hugging Face model folder")
