@@ -11,7 +11,6 @@ from typing import Any
 from rich.table import Table
 
 from accord.config import EvaluateConfig
-from accord.data.templates import Template
 from accord.errors import ConfigError
 from accord.evaluation.compare import (
     Answers,
@@ -35,10 +34,10 @@ from accord.methods.context import (
     weights_hash,
 )
 from accord.methods.corpus import Part, split_holdout
-from accord.methods.ppo_stage import function_scorer
+from accord.methods.ppo_stage import function_scorer, model_scorer
 from accord.models.load import load_reward_model
 from accord.records import Group, Interval, TokenGroup
-from accord.rewards.scorers import ModelScorer, Scorer
+from accord.rewards.scorers import Scorer
 from accord.rollout.sampling import Sampling
 from accord.training.progress import StageProgress
 from accord.training.runfolder import RunFolder
@@ -85,7 +84,8 @@ def run_evaluate(context: Context) -> dict[str, Any]:
         if gold is not None:
             judges["gold"] = gold
         if reward_folder is not None:
-            judges["reward model"] = _reward_judge(context, section, reward_folder)
+            model, tokenizer = load_reward_model(reward_folder)
+            judges["reward model"] = model_scorer(context, model, tokenizer, section.micro_batch_tokens, reward_folder)
         contestants = {name: _contestant(context, name, folder) for name, folder in models.items()}
         return _evaluate(context, section, list(groups)[: section.prompts], contestants, pairs, judges)
 
@@ -131,19 +131,6 @@ def _pairs(section: EvaluateConfig, names: tuple[str, ...]) -> tuple[tuple[str, 
 def _contestant(context: Context, name: str, folder: Path | str) -> Contestant:
     policy = LoadedPolicy.from_folder(folder, context.recipe.model.template)
     return Contestant(name, policy.model, policy.template)
-
-
-def _reward_judge(context: Context, section: EvaluateConfig, folder: Path | str) -> Scorer:
-    model, tokenizer = load_reward_model(folder)
-    data = context.recipe.data
-    return ModelScorer(
-        model,
-        Template.of(tokenizer, "auto"),
-        micro_batch_tokens=section.micro_batch_tokens,
-        max_tokens=data.max_tokens,
-        max_prompt_tokens=data.max_prompt_tokens,
-        name=f"the reward model {folder}",
-    )
 
 
 def _evaluate(

@@ -34,7 +34,7 @@ from accord.rollout.native import NativeSampler
 from accord.training.loop import run_training
 from accord.training.runfolder import RunFolder
 
-__all__ = ["function_scorer", "run_ppo"]
+__all__ = ["function_scorer", "model_scorer", "run_ppo"]
 
 
 def run_ppo(context: Context) -> dict[str, Any]:
@@ -91,6 +91,19 @@ def function_scorer(context: Context, key: str, spec: str | None) -> Scorer | No
     return None if spec is None else FunctionScorer(load_function(spec, key), spec)
 
 
+def model_scorer(context: Context, model: Any, tokenizer: Any, budget: int, folder: Path | str) -> ModelScorer:
+    """A loaded reward model as a scorer, with the recipe's length limits."""
+    data = context.recipe.data
+    return ModelScorer(
+        model,
+        Template.of(tokenizer, "auto"),
+        micro_batch_tokens=budget,
+        max_tokens=data.max_tokens,
+        max_prompt_tokens=data.max_prompt_tokens,
+        name=f"the reward model {folder}",
+    )
+
+
 def _reward_folder(context: Context, section: PPOConfig) -> Path | str:
     folder = section.reward_model or stage_model(context, "reward")
     if folder is None:
@@ -110,21 +123,13 @@ def _models(
     reward_folder: Path | str | None,
     prompts: list[TokenGroup],
 ) -> RolloutModels:
-    data = context.recipe.data
     reward_model = None
     if reward_folder is None:
         assert function is not None
         scorer = function
     else:
         reward_model, tokenizer = load_reward_model(reward_folder)
-        scorer = ModelScorer(
-            reward_model,
-            Template.of(tokenizer, "auto"),
-            micro_batch_tokens=section.micro_batch_tokens,
-            max_tokens=data.max_tokens,
-            max_prompt_tokens=data.max_prompt_tokens,
-            name=f"the reward model {reward_folder}",
-        )
+        scorer = model_scorer(context, reward_model, tokenizer, section.micro_batch_tokens, reward_folder)
     if section.value_init == "reward" and reward_model is not None:
         if reward_model.config.vocab_size != policy.model.config.vocab_size:
             raise ConfigError(

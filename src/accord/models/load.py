@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from accord.atomic import sync
 from accord.errors import ConfigError
 from accord.models.heads import fill_head, scalar_head
 
@@ -164,13 +165,13 @@ def save_model(
     for file in (*partial.rglob("*"), partial):
         # safetensors makes its files private to the user; a model folder is for whoever may read the run's folder.
         file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
-        _flush(file)
+        sync(file)
     replaced = folder.with_name(f".{folder.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
         folder.rename(replaced)
     partial.rename(folder)
-    _flush(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
     return folder
 
@@ -180,14 +181,6 @@ def _umask() -> int:
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _load(kind: Any, path: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
