@@ -20,13 +20,13 @@ KILLS = 8
 
 @dataclass(frozen=True)
 class Reference:
-    """The run that nothing interrupted: its folder, and of each stage how long it took and what it left."""
+    """The run that nothing interrupted: its folder, and of each stage what it left and how long a repetition took."""
 
     zygote: Zygote
     recipe: Path
     root: Path
-    seconds: dict[str, float]
     outcomes: dict[str, dict[str, Any]]
+    seconds: dict[str, float]
 
     def before(self, stage: str, root: Path) -> Path:
         """A new run folder in which the stages before `stage` are finished."""
@@ -34,22 +34,25 @@ class Reference:
             shutil.copytree(self.root / earlier, root / earlier)
         return root
 
-    def run(self, stage: str, root: Path, *more: str, **kill: Any) -> tuple[int, str]:
-        code, output, _ = self.zygote.run(stage, str(self.recipe), "--set", f"out={root}", *more, **kill)
-        return code, output
+    def run(self, stage: str, root: Path, *more: str, **kill: Any) -> tuple[int, str, float]:
+        return self.zygote.run(stage, str(self.recipe), "--set", f"out={root}", *more, **kill)
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
     folder = tmp_path_factory.mktemp("reference")
-    recipe = write_recipe(folder)
-    seconds, outcomes = {}, {}
     with Zygote() as zygote:
+        found = Reference(zygote, write_recipe(folder), folder / "run", {}, {})
         for stage in STAGES:
-            code, output, seconds[stage] = zygote.run(stage, str(recipe), "--set", f"out={folder / 'run'}")
+            code, output, _ = found.run(stage, found.root)
             assert code == 0, output
-            outcomes[stage] = outcome(folder / "run" / stage)
-        yield Reference(zygote, recipe, folder / "run", seconds, outcomes)
+            found.outcomes[stage] = outcome(found.root / stage)
+            # The first time, files and libraries come from the disk: only now is the time typical.
+            again = found.before(stage, folder / f"again-{stage}")
+            code, output, found.seconds[stage] = found.run(stage, again)
+            assert code == 0, output
+            assert outcome(again / stage) == found.outcomes[stage]
+        yield found
 
 
 def test_the_stages_of_the_reference_run_trained_something(reference: Reference) -> None:
@@ -75,7 +78,7 @@ def test_a_stage_killed_at_any_moment_continues_to_the_same_bits(
         root = reference.before(stage, tmp_path / f"run{folders}")
         first = seconds * (folders % 4 + draw.random()) / 4
         for moment in (first, (seconds - first) * draw.random(), None):
-            code, output = reference.run(stage, root, after=moment)
+            code, output, _ = reference.run(stage, root, after=moment)
             assert code == (-signal.SIGKILL if code else 0), output
             kills += code != 0
         assert outcome(root / stage) == reference.outcomes[stage]
@@ -92,16 +95,16 @@ def test_sigterm_saves_and_exits_143_and_the_run_continues_from_there(
     seldom = ("--set", f"{stage}.checkpoint_every=1000")
     for attempt in range(20):
         root = reference.before(stage, tmp_path / f"run{attempt}")
-        moment = reference.seconds[stage] * (0.3 + 0.6 * draw.random())
-        code, output = reference.run(stage, root, *seldom, after=moment, number=signal.SIGTERM)
+        moment = reference.seconds[stage] * (0.2 + 0.7 * draw.random())
+        code, output, _ = reference.run(stage, root, *seldom, after=moment, number=signal.SIGTERM)
         assert code in (0, 143), output
-        stopped = re.search(rf"at {stage} step (\d+) of", output)
-        if code == 143 and stopped:
+        stopped = re.search(rf"at {stage} step (\d+) of (\d+)", output)
+        if code == 143 and stopped and stopped[1] != stopped[2]:
             break
     else:
-        pytest.fail("no signal arrived while the stage was training")
+        pytest.fail("no signal arrived in the middle of the training")
     assert "the state is saved: run the same command again" in output
-    code, output = reference.run(stage, root, *seldom)
+    code, output, _ = reference.run(stage, root, *seldom)
     assert code == 0, output
     assert f"continuing {stage} after step {stopped[1]} of" in output
     assert outcome(root / stage) == reference.outcomes[stage]
@@ -121,7 +124,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_result_is_the_same(
     largest = max(newest.glob("*.safetensors"), key=lambda file: file.stat().st_size)
     with largest.open("r+b") as file:
         file.truncate(largest.stat().st_size // 2)
-    code, output = reference.run(stage, root)
+    code, output, _ = reference.run(stage, root)
     assert code == 0, output
     assert f"{newest.name} is damaged" in " ".join(output.split())
     assert f"continuing {stage} after step" in output
