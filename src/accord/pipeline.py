@@ -55,7 +55,7 @@ def write_overview(context: Context, more: Mapping[str, Any] | None = None) -> N
         "name": context.recipe.name,
         "seconds": sum(s["seconds"] for s in summaries.values()),
         "stages": done,
-        "account": [text for stage in done for text in _account(stage, summaries[stage])],
+        "account": [text for stage in done for text in _account(summaries[stage])],
         "comparisons": evaluation.get("comparisons", []),
         "side_by_side": evaluation.get("side_by_side", []),
         **(more or {}),
@@ -65,7 +65,6 @@ def write_overview(context: Context, more: Mapping[str, Any] | None = None) -> N
     context.console.print(f"\nreport: {page}", highlight=False)
 
 
-def _account(stage: str, summary: Mapping[str, Any]) -> list[str]:
-    """What the overview says of a stage: its first paragraph, and all of the evaluation."""
-    account = summary.get("account", [])
-    return account if stage == "evaluate" else account[:1]
+def _account(summary: Mapping[str, Any]) -> list[str]:
+    """What the overview says of a stage: all but where its data came from, which its own report tells."""
+    return [text for text in summary.get("account", ()) if not text.startswith("Data: ")]

@@ -247,8 +247,10 @@ class Recipe(Section):
     seed: int = Field(0, ge=0, description="Everything random follows from this.")
     out: str | None = Field(None, description="Output folder. Unset: `runs/<name>`.")
     threads: int | None = Field(None, ge=1, description="CPU threads. Unset: torch's choice.")
-    model: ModelConfig = Field(default_factory=ModelConfig, description="The model to start from.")
-    data: DataConfig = Field(default_factory=DataConfig, description="The data.")
+    model: ModelConfig = Field(
+        default_factory=lambda: ModelConfig.model_validate({}), description="The model to start from."
+    )
+    data: DataConfig = Field(default_factory=lambda: DataConfig.model_validate({}), description="The data.")
     sft: SFTConfig | None = Field(None, description="Supervised fine-tuning.")
     reward: RewardConfig | None = Field(None, description="Reward model.")
     ppo: PPOConfig | None = Field(None, description="PPO.")

@@ -33,6 +33,7 @@ __all__ = [
     "LoadedPolicy",
     "base_folder",
     "choose_layout",
+    "data_note",
     "headline",
     "run_stage",
     "stage_model",
@@ -161,7 +162,7 @@ def _build_base(context: Context, text: Part, run: RunFolder) -> dict[str, Any]:
     parameters = sum(p.numel() for p in model.parameters())
     account = f"A new {scratch.kind} model of {parameters:,} parameters with a vocabulary of {len(tokenizer):,}."
     context.say(account)
-    return {"headline": [headline("parameters", parameters)], "account": [account, *text.notes]}
+    return {"headline": [headline("parameters", parameters)], "account": [account, *data_note(text)]}
 
 
 def stage_model(context: Context, stage: str) -> Path | None:
@@ -234,6 +235,11 @@ def choose_layout(context: Context, model: Any, groups: list[TokenGroup], pad_id
     if check.reason and shared <= SHARING_PAYS * plain:
         context.say(f"prompts are run once per completion: {check.reason}")
     return "plain"
+
+
+def data_note(part: Part) -> list[str]:
+    """What a summary's account says of the data it came from: one paragraph, last, or none."""
+    return [f"Data: {'; '.join(part.notes)}."] if part.notes else []
 
 
 def headline(

@@ -16,6 +16,7 @@ from accord.methods.context import (
     LoadedPolicy,
     base_folder,
     choose_layout,
+    data_note,
     headline,
     run_stage,
     stage_model,
@@ -73,6 +74,7 @@ def run_ppo(context: Context) -> dict[str, Any]:
         )
         run_training(trainer, run, context.console)
         summary = _summary(run, trainer, section, models.scorer.name)
+        summary["account"] += data_note(part)
         policy.save(run.path / "model", model_card(context.recipe, "ppo", start, sources, summary))
         return summary
 

@@ -25,6 +25,7 @@ from accord.methods.context import (
     LoadedPolicy,
     base_folder,
     choose_layout,
+    data_note,
     headline,
     run_stage,
     stage_model,
@@ -189,7 +190,8 @@ def run_reward(context: Context) -> dict[str, Any]:
         run_training(trainer, run, context.console)
         shift = _normalise(context, model, policy, references, section.micro_batch_tokens)
         scored = _score_held_out(model, tests, layout, policy.pad_id, section.micro_batch_tokens) if tests else None
-        summary = _summary(len(items), trainer.total_steps, scored, shift, part.notes)
+        summary = _summary(len(items), trainer.total_steps, scored, shift)
+        summary["account"] += data_note(part)
         card = model_card(context.recipe, "reward", start, sources, summary)
         save_model(model, policy.template.tokenizer, run.path / "model", card=card)
         return summary
@@ -261,11 +263,11 @@ def _normalise(context: Context, model: Any, policy: LoadedPolicy, references: t
     return text + "."
 
 
-def _summary(count: int, steps: int, scored: HeldOut | None, shift: str, notes: tuple[str, ...]) -> dict[str, Any]:
+def _summary(count: int, steps: int, scored: HeldOut | None, shift: str) -> dict[str, Any]:
     account = [f"A reward model learned from {count:,} comparisons in {steps:,} optimiser steps.", shift]
     if scored is None or not scored.differences:
         warning = "Nothing was held out, so it is not known how well this reward model judges: set `data.holdout`."
-        return {"headline": [], "account": [*account, *notes], "warnings": [warning]}
+        return {"headline": [], "account": account, "warnings": [warning]}
     accuracy, error = scored.accuracy(), calibration_error(scored.differences)
     length = pearson(scored.lengths, scored.scores)
     account.append(
@@ -287,7 +289,7 @@ def _summary(count: int, steps: int, scored: HeldOut | None, shift: str, notes: 
             headline("eval/length_correlation", length),
             headline("eval/loss", scored.log_loss),
         ],
-        "account": [*account, *notes],
+        "account": account,
         "warnings": warnings,
         "calibration": [
             {"predicted": b.confidence, "observed": b.accuracy, "n": b.count}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accord.config import SFTConfig
 from accord.losses.sft import sft_loss
 from accord.measures.statistics import cluster_interval
 from accord.methods.card import model_card
@@ -20,6 +21,7 @@ from accord.methods.context import (
     LoadedPolicy,
     base_folder,
     choose_layout,
+    data_note,
     headline,
     run_stage,
     tokenised,
@@ -109,7 +111,8 @@ def run_sft(context: Context) -> dict[str, Any]:
             f"{len(items)} demonstrations, {len(tests)} held out, {trainer.total_steps} steps of {section.batch_size}"
         )
         run_training(trainer, run, context.console)
-        summary = _summary(policy, items, tests, layout, section.micro_batch_tokens, trainer.total_steps, part.notes)
+        summary = _summary(policy, section, items, tests, layout, trainer.total_steps)
+        summary["account"] += data_note(part)
         card = model_card(context.recipe, "sft", start, sources, summary)
         policy.save(run.path / "model", card)
         return summary
@@ -121,22 +124,19 @@ def run_sft(context: Context) -> dict[str, Any]:
 
 def _summary(
     policy: LoadedPolicy,
+    section: SFTConfig,
     items: list[TokenGroup],
     tests: list[TokenGroup],
     layout: Layout,
-    budget: int,
     steps: int,
-    notes: tuple[str, ...],
 ) -> dict[str, Any]:
+    learned = "only from what the assistant wrote" if section.loss_on == "assistant" else "from every token"
     account = [
-        f"The model imitated {len(items):,} demonstrations in {steps:,} optimiser steps, learning only from what the "
-        "assistant wrote."
-        if tests
-        else f"The model imitated {len(items):,} demonstrations in {steps:,} steps."
+        f"The model imitated {len(items):,} demonstrations in {steps:,} optimiser steps, learning {learned}.",
     ]
     rows: list[dict[str, Any]] = []
     if tests:
-        measured = held_out_loss(policy.model, tests, layout, policy.pad_id, budget)
+        measured = held_out_loss(policy.model, tests, layout, policy.pad_id, section.micro_batch_tokens)
         per_token = cluster_interval([nll / max(1, n) for nll, n, _ in measured], [p for _, _, p in measured])
         loss = sum(r[0] for r in measured) / max(1, sum(r[1] for r in measured))
         rows.append(headline("eval/perplexity", math.exp(min(loss, 700.0))))
@@ -152,4 +152,4 @@ def _summary(
             f"On {len(tests):,} held-out demonstrations it hesitates between {math.exp(min(loss, 700.0)):.2f} equally "
             "likely tokens on average (perplexity)."
         )
-    return {"headline": rows, "account": [*account, *notes], "warnings": []}
+    return {"headline": rows, "account": account}
