@@ -44,6 +44,8 @@ MAX_NEW_TOKENS = 48
 
 SETTINGS: dict[str, Any] = {
     "name": "quickstart",
+    # The model is too small to gain much from a second thread, and two threads on a busy machine wait for each other.
+    "threads": 1,
     "model": {"path": "quickstart"},
     "data": {"holdout": 0.05, "max_tokens": 128},
     "sft": {"epochs": 2, "batch_size": 64, "learning_rate": 1e-3, "eval_every": 25, "checkpoint_every": 25},
@@ -178,7 +180,6 @@ def _annotation_summary(context: Context, comparisons: Sequence[Any], groups: Se
         f"the majority {facts.majority:.1%}. {len(comparisons) - len(groups):,} pairs were two equal answers and are "
         f"left out."
     )
-    context.say(account)
     return {
         "headline": [
             headline("two annotators agree", facts.annotators, unit="fraction"),

@@ -37,6 +37,7 @@ SHAPE = ModelShape(hidden_size=144, layers=6, heads=12, max_positions=1024, kind
 EXACT_SAMPLES = 16
 
 SETTINGS: dict[str, Any] = {
+    "threads": 1,
     "model": {"template": "raw"},
     "data": {"holdout": 0.0, "max_tokens": 16},
     "sft": {
@@ -110,7 +111,7 @@ def _recipe(method: str, seed: int, overrides: Sequence[str], out: Path | None, 
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}")
     stages = {stage: SETTINGS[stage] for stage in METHODS[: METHODS.index(method) + 1]}
-    tree = merged({"model": SETTINGS["model"], "data": SETTINGS["data"], **stages}, overrides_tree(overrides))
+    tree = merged({**{key: SETTINGS[key] for key in ("threads", "model", "data")}, **stages}, overrides_tree(overrides))
     tree |= {"name": f"randomwalks-{method}", "seed": seed}
     folder = out or Path("runs") / f"randomwalks-{method}-{content_id([tree, graph_seed]):016x}"[:40]
     return recipe_from({**tree, "out": str(folder)}, source="benchmark randomwalks")

@@ -224,7 +224,7 @@ def _print(
             f"{c.ties:.1%}", f"{d.value:+.3f}  [{d.low:+.3f}, {d.high:+.3f}]", f"{c.p_value:.2g}", str(w.n),
         )  # fmt: skip
     context.console.print(table)
-    table = Table("model", *(f"mean {judge}" for judge in judges), "KL to base of comparison", "tokens", "finished")
+    table = Table("model", *(f"mean {judge}" for judge in judges), "KL (k1) to its base", "tokens", "finished")
     for name, answer in answers.items():
         kl = facts[name].get("eval/kl_per_sequence_nats")
         table.add_row(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from accord.config import Recipe
 from accord.data.templates import Template
@@ -119,9 +120,19 @@ def run_stage(
             summary = {"stage": stage, **body(run)}
             summary["seconds"] = time.monotonic() - started
             run.finish(summary)
+            _tell(context, summary)
     if not (folder / "report.html").exists():
         stage_report(folder)
     return summary
+
+
+def _tell(context: Context, summary: Mapping[str, Any]) -> None:
+    """The stage's account and warnings, for people; what was said already (the data) is not repeated."""
+    for text in summary.get("account", ()):
+        if not text.startswith("Data: "):
+            context.say(text)
+    for text in summary.get("warnings", ()):
+        context.console.print(f"  [yellow]Warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def base_folder(context: Context) -> Path:
@@ -161,7 +172,6 @@ def _build_base(context: Context, text: Part, run: RunFolder) -> dict[str, Any]:
     save_model(model, tokenizer, run.path / "model")
     parameters = sum(p.numel() for p in model.parameters())
     account = f"A new {scratch.kind} model of {parameters:,} parameters with a vocabulary of {len(tokenizer):,}."
-    context.say(account)
     return {"headline": [headline("parameters", parameters)], "account": [account, *data_note(text)]}
 
 

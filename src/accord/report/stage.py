@@ -48,11 +48,12 @@ __all__ = ["STAGES", "stage_report", "stage_title"]
 
 # stage -> its title and what it does, in one sentence for a newcomer
 STAGES: dict[str, tuple[str, str]] = {
-    "pretrain": (
-        "Pre-training",
-        "A small language model learns words and facts from plain text. It is no assistant yet.",
-    ),
+    "base": ("Base model", "A new model with random weights, and a tokenizer trained on the recipe's text."),
     "sft": ("Supervised fine-tuning", "The model learns to answer by imitating demonstrations."),
+    "annotate": (
+        "Annotators",
+        "The fine-tuned model answers each question twice; people, here simulated, say which answer is better.",
+    ),
     "reward": ("Reward model", "A second model learns to score answers from comparisons that annotators made."),
     "ppo": (
         "PPO",
