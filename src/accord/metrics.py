@@ -138,6 +138,8 @@ _DECLARED = (
            "How far the policy has moved from the reference model. The budget that buys reward."),
     Metric("rollout/kl_per_token_nats", "nats per token", "token mean", "down", "mean_t log(policy / reference)",
            "The same distance for one token; does not grow with length."),
+    Metric("rollout/sampler_deviation", "", "max", "down", "max |p_sampler / p_trainer - 1|",
+           "How far sampler and trainer disagree about a token's probability. Rounding gives about 1e-5 in fp32."),
     Metric("rollout/entropy_nats", "nats per token", "token mean", "neutral", "mean_t -log policy(sampled token)",
            "How varied the sampling is. A fall towards 0 is collapse."),
     Metric("rollout/completion_tokens/mean", "tokens", "sequence mean", "neutral", "mean(tokens per completion)",

@@ -210,8 +210,10 @@ class PPOConfig(OptimiserFields):
     value_init: Literal["reward", "policy"] = Field(
         "reward", description="The value model starts from the reward model, or from the policy with a new head."
     )
-    old_logprobs: Literal["sampler", "recompute"] = Field(
-        "sampler", description="Take the sampler's log-probabilities, or recompute them with one more forward pass."
+    old_logprobs: Literal["recompute", "sampler"] = Field(
+        "recompute",
+        description="Log-probabilities of the rollout: computed once more by the trainer, so that the first ratio is "
+        "exactly 1, or the sampler's own, which saves a forward pass and differs by rounding.",
     )
     samples_every: int = Field(5, ge=1, description="Rollout steps between samples written to samples.jsonl.")
 

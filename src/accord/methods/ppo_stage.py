@@ -181,9 +181,14 @@ def _summary(run: RunFolder, trainer: PPOTrainer, section: PPOConfig, scorer: st
         )
     warnings = []
     if trainer.drift > RATIO_TOLERANCE:
+        advice = (
+            "Set ppo.old_logprobs=recompute."
+            if section.old_logprobs == "sampler"
+            else "The model is not deterministic."
+        )
         warnings.append(
-            f"Before any update of a rollout the probability ratio was off 1 by up to {trainer.drift:.1e} (expected at "
-            f"most {RATIO_TOLERANCE:.0e}): sampler and trainer disagree slightly. Set ppo.old_logprobs=recompute."
+            f"Before any update of a rollout the probability ratio was off 1 by up to {trainer.drift:.1e}, expected at "
+            f"most {RATIO_TOLERANCE:.0e}. {advice}"
         )
     names = [
         "rollout/score/mean",

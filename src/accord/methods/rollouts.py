@@ -33,6 +33,7 @@ class Rollout:
     finished      (C,) bool, ended by a stop token
     mask          (C, T) bool
     old_logprobs, ref_logprobs  (C, T) nats; values (C, T), V before each token
+    sampler_deviation  largest |p_sampler / p_old - 1| of a token: 0 when the old ones are the sampler's
     """
 
     groups: tuple[TokenGroup, ...]
@@ -42,6 +43,7 @@ class Rollout:
     finished: Tensor
     mask: Tensor
     old_logprobs: Tensor
+    sampler_deviation: float
     ref_logprobs: Tensor
     values: Tensor
     generate_seconds: float
@@ -83,7 +85,7 @@ def collect(
         for sample in samples
     )
     mask = padded([[True] * len(s.ids) for s in flat], False)
-    old = padded([list(s.logprobs) for s in flat], 0.0)
+    sampled_logprobs = padded([list(s.logprobs) for s in flat], 0.0)
 
     def logprobs(model: Any) -> Tensor:
         return per_token(
@@ -91,6 +93,7 @@ def collect(
             lambda batch: score_tokens(model, batch, temperature=section.temperature).logprobs,
         )  # fmt: skip
 
+    old = logprobs(models.policy) if section.old_logprobs == "recompute" else sampled_logprobs
     return Rollout(
         groups=groups,
         requests=requests,
@@ -98,7 +101,8 @@ def collect(
         gold=None if models.gold is None else torch.tensor(values_of(models.gold, requests)),
         finished=torch.tensor([r.finished for r in requests]),
         mask=mask,
-        old_logprobs=logprobs(models.policy) if section.old_logprobs == "recompute" else old,
+        old_logprobs=old,
+        sampler_deviation=float(((sampled_logprobs - old).exp() - 1).abs().max()),
         ref_logprobs=logprobs(models.reference),
         values=per_token(
             groups, models, section.micro_batch_tokens, mask.shape[1], lambda batch: score_values(models.value, batch)
