@@ -44,7 +44,8 @@ def test_points_are_drawn_where_their_values_say() -> None:
 
 @pytest.mark.parametrize("scale", [1e-14, 1e-30, 1e12])
 def test_values_of_any_size_keep_their_places(scale: float) -> None:
-    """A metric that is 0 but for rounding, such as the KL of a policy that does not learn, is a chart like any other."""
+    """A metric that is 0 but for rounding, such as the KL of a policy that does not learn, makes a chart like
+    others."""
     drawing = chart(Series("s", (0.0, 1.0, 4.0), (0.0, 3.0 * scale, 4.0 * scale)))
     first, point, last = (float(c.get("cy", "")) for c in drawing.iter("circle"))
     assert (point - first) / (last - first) == pytest.approx(0.75, abs=1e-3)

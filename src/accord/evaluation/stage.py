@@ -89,7 +89,9 @@ def run_evaluate(context: Context) -> dict[str, Any]:
         contestants = {name: _contestant(context, name, folder) for name, folder in models.items()}
         return _evaluate(context, section, list(groups)[: section.prompts], contestants, pairs, judges)
 
-    sources = dict(part.sources)
+    sources = part.sources | context.corpus.sft.sources
+    if gold is not None:
+        sources |= {"gold function": gold.fingerprint}
     for name, folder in (models | ({"reward model": reward_folder} if reward_folder else {})).items():
         sources[f"weights of {name}"] = "".join(weights_hash(folder).values())
     data = context.recipe.data.model_dump(mode="json", include={"holdout", "max_tokens", "max_prompt_tokens"})
@@ -141,10 +143,10 @@ def _evaluate(
     pairs: tuple[tuple[str, str], ...],
     judges: dict[str, Scorer],
 ) -> dict[str, Any]:
+    prompts = _common_prompts(context, section, groups, contestants)
     answers: dict[str, Answers] = {}
-    prompts: list[tuple[Group, TokenGroup]] = []
     with StageProgress(context.console, "evaluate", len(contestants)) as progress:
-        for contestant in contestants.values():
+        for name, contestant in contestants.items():
             sampling = Sampling(
                 section.max_new_tokens,
                 section.temperature,
@@ -152,23 +154,32 @@ def _evaluate(
                 section.top_p,
                 stop_ids=contestant.template.stop_ids,
             )
-            room = context.recipe.data.max_tokens - section.max_new_tokens
-            limit = min(room, context.recipe.data.max_prompt_tokens or room)
-            prompts = tokenised(
-                context, groups, contestant.template, "evaluation prompts", max_tokens=room, max_prompt_tokens=limit
-            )
-            key = ("evaluate", context.seed)
-            answers[contestant.name] = answers_of(contestant, prompts, sampling, judges, key)
-            progress.advance(contestant.name)
+            answers[name] = answers_of(contestant, prompts[name], sampling, judges, ("evaluate", context.seed))
+            progress.advance(name)
+    asked = [group for group, _ in next(iter(prompts.values()))]
     comparisons = [
         compare(answers[name], answers[base], judge, section.tie_margin) for name, base in pairs for judge in judges
     ]
-    references = [group.reference for group, _ in prompts]
+    references = [group.reference for group in asked]
     facts = {name: describe(answer, references) for name, answer in answers.items()}
     _add_distances(section, contestants, answers, pairs, facts)
     _add_perplexity(context, section, contestants, groups, facts)
     _print(context, comparisons, answers, facts, judges)
-    return _summary(comparisons, answers, facts, judges, len(prompts))
+    return _summary(comparisons, answers, facts, judges, len(asked))
+
+
+def _common_prompts(
+    context: Context, section: EvaluateConfig, groups: list[Group], contestants: dict[str, Contestant]
+) -> dict[str, list[tuple[Group, TokenGroup]]]:
+    """The prompts every contestant can be asked, as each one's tokens: a prompt too long for one is asked of none."""
+    room = context.recipe.data.max_tokens - section.max_new_tokens
+    limit = min(room, context.recipe.data.max_prompt_tokens or room)
+    tokens = {
+        name: tokenised(context, groups, c.template, "evaluation prompts", max_tokens=room, max_prompt_tokens=limit)
+        for name, c in contestants.items()
+    }
+    common = set.intersection(*({group.prompt_id for group, _ in rows} for rows in tokens.values()))
+    return {name: [row for row in rows if row[0].prompt_id in common] for name, rows in tokens.items()}
 
 
 def _add_distances(

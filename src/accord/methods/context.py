@@ -20,7 +20,8 @@ from accord.data.tokenise import tokenise_groups
 from accord.errors import ConfigError
 from accord.methods.corpus import Corpus, Part
 from accord.models.layout import Layout, layout_cost
-from accord.models.load import ModelShape, build_model, check_model_path, load_policy, save_model
+from accord.models.load import ModelShape, build_model, load_policy, save_model
+from accord.models.paths import check_model_path
 from accord.models.scratch_tokenizer import train_tokenizer
 from accord.models.self_check import check_layouts
 from accord.randomness import torch_seed

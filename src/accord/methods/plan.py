@@ -14,6 +14,7 @@ from accord.config import Recipe, ScratchConfig
 from accord.data.order import num_steps
 from accord.errors import ConfigError, DataError
 from accord.methods.corpus import Corpus, split_holdout
+from accord.models.paths import check_model_path
 
 __all__ = ["STAGE_NAMES", "num_parameters", "plan_table", "stages_of"]
 
@@ -31,13 +32,17 @@ def stages_of(recipe: Recipe) -> list[str]:
 
 
 def num_parameters(recipe: Recipe) -> int | None:
-    """Parameters of the starting model, from the safetensors headers or the shape; None for a hub id."""
+    """Parameters of the starting model, from the safetensors headers or the shape; None for a hub id.
+
+    Raises: ConfigError for a path that cannot be a model.
+    """
     if recipe.model.scratch is not None:
         return _scratch_parameters(recipe.model.scratch)
     if recipe.model.path is None:
         return None
     embedded = recipe.model.path == "quickstart"
     folder = Path(str(files("accord") / "assets" / "quickstart")) if embedded else Path(recipe.model.path)
+    check_model_path(folder if embedded else recipe.model.path)
     return sum(_tensor_sizes(file) for file in sorted(folder.glob("*.safetensors"))) or None
 
 

@@ -48,6 +48,8 @@ def run_ppo(context: Context) -> dict[str, Any]:
     reward_folder = None if function is not None else _reward_folder(context, section)
     part = context.corpus.all_prompts()
     sources = part.sources | weights_hash(start)
+    if function is not None:
+        sources |= {"reward function": function.fingerprint}
     if reward_folder is not None:
         sources |= {"reward weights": "".join(weights_hash(reward_folder).values())}
 
@@ -85,7 +87,7 @@ def run_ppo(context: Context) -> dict[str, Any]:
     return run_stage(context, "ppo", settings=settings, sources=sources, body=body)
 
 
-def function_scorer(context: Context, key: str, spec: str | None) -> Scorer | None:
+def function_scorer(context: Context, key: str, spec: str | None) -> FunctionScorer | None:
     """The function a key names, or the Python object given for it; None without either."""
     given = context.functions.get(key)
     if given is not None:
@@ -94,14 +96,19 @@ def function_scorer(context: Context, key: str, spec: str | None) -> Scorer | No
 
 
 def model_scorer(context: Context, model: Any, tokenizer: Any, budget: int, folder: Path | str) -> ModelScorer:
-    """A loaded reward model as a scorer, with the recipe's length limits."""
+    """A loaded reward model as a scorer.
+
+    Prompts are cut as in its training. Answers may use all of the model's positions: text that the policy wrote within
+    its limit can take more tokens when it is read back, and that must not stop a run.
+    """
     data = context.recipe.data
+    positions = getattr(model.config, "max_position_embeddings", None) or data.max_tokens
     return ModelScorer(
         model,
         Template.of(tokenizer, "auto"),
         micro_batch_tokens=budget,
-        max_tokens=data.max_tokens,
-        max_prompt_tokens=data.max_prompt_tokens,
+        max_tokens=max(positions, data.max_tokens),
+        max_prompt_tokens=data.max_prompt_tokens or data.max_tokens,
         name=f"the reward model {folder}",
     )
 

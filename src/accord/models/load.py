@@ -28,11 +28,11 @@ from transformers.utils import logging as transformers_logging
 from accord.atomic import sync
 from accord.errors import ConfigError
 from accord.models.heads import fill_head, scalar_head
+from accord.models.paths import check_model_path
 
 __all__ = [
     "ModelShape",
     "build_model",
-    "check_model_path",
     "load_policy",
     "load_reward_model",
     "reward_model_from",
@@ -42,8 +42,6 @@ __all__ = [
 
 # Accord shows the progress of a stage; bars for reading and writing files would tear it apart.
 transformers_logging.disable_progress_bar()
-
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,23 +213,6 @@ def _load(kind: Any, path: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
             "together; save model and tokenizer to one folder"
         )
     return model.eval(), tokenizer
-
-
-def check_model_path(path: str | Path) -> None:
-    """Raises ConfigError for what cannot be a model: no folder and no hub name, or a folder without safe weights."""
-    folder = Path(path)
-    if not folder.is_dir():
-        if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
-            raise ConfigError(
-                f"{path}: no such folder; expected a Hugging Face model folder, or a hub name such as owner/name"
-            )
-        return
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"{path}: no config.json in this folder; expected a Hugging Face model folder")
-    if not any(folder.glob("*.safetensors")):
-        pickled = sorted(file.name for pattern in _PICKLED for file in folder.glob(pattern))
-        found = f"only {pickled[0]}, which can run code when opened" if pickled else "no weights"
-        raise ConfigError(f"{path}: found {found}; expected *.safetensors; convert the model and save it again")
 
 
 def _first_sentence(error: Exception) -> str:

@@ -18,7 +18,7 @@ from accord.data.tokenise import tokenise_groups
 from accord.errors import ConfigError, RewardError
 from accord.models.layout import collate
 from accord.models.token_scores import score_completions
-from accord.records import Completion, Group, Message, Score, ScoreRequest
+from accord.records import Completion, Group, Message, Score, ScoreRequest, content_id
 
 __all__ = ["FunctionScorer", "ModelScorer", "RewardFunction", "Scorer", "load_function", "values_of"]
 
@@ -79,11 +79,13 @@ class FunctionScorer:
 
     `prompt` is the text of a single-message prompt, or a list of {"role", "content"} for longer ones. A function with a
     parameter `finished` is also told whether the answer ended by itself (False: it was cut by the length limit).
+    `fingerprint` is a hash of its source (of its bytecode where there is none): an edited function is another run's.
     """
 
     def __init__(self, function: RewardFunction, name: str) -> None:
         self.name = name
         self._function = function
+        self.fingerprint = _fingerprint(function)
         self._wants_finished = "finished" in inspect.signature(function).parameters
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
@@ -132,6 +134,14 @@ def load_function(spec: str, key: str) -> RewardFunction:
     if not callable(function):
         raise ConfigError(f"`{key}` = {spec!r}: {module_name!r} has no function {name!r}")
     return function
+
+
+def _fingerprint(function: RewardFunction) -> str:
+    try:
+        text = inspect.getsource(function)
+    except (OSError, TypeError):
+        text = repr(getattr(getattr(function, "__code__", None), "co_code", type(function).__qualname__))
+    return f"{content_id(text):016x}"
 
 
 def _plain(prompt: Sequence[Message]) -> Any:
