@@ -281,7 +281,8 @@ def test_shifted_scores_of_reference_answers_have_mean_zero_for_any_reader(tmp_p
     batch = collate(GROUPS, layout="plain", pad_id=PAD_ID)
     with torch.no_grad():
         before = score_completions(reward_model, batch)
-        shift_scores(reward_model, last_hidden_states(reward_model, batch))
+        states = last_hidden_states(reward_model, batch)
+        shift_scores(reward_model, states, states)
     folder = save_model(reward_model, word_tokenizer(), tmp_path / "reward")
     theirs = AutoModelForSequenceClassification.from_pretrained(folder)
     with torch.no_grad():
@@ -298,13 +299,13 @@ def hidden_states(count: int, seed: int) -> torch.Tensor:
 
 def test_shifting_moves_new_answers_almost_alike() -> None:
     """With covariance diag(1 x 16, .01 x 16) and mean 1, d = S^-1 m / (m' S^-1 m) has d'Sd = 1/(m' S^-1 m)
-    = 1/(16 + 16 * 100): moves of mean mu spread by about |mu|/40. The ridge (1% of .505) makes this a little more."""
+    = 1/(16 + 16 * 100): moves of mean mu spread by about |mu|/40. The ridge (0.1% of .505) makes this a little more."""
     reward_model = reward_model_from(built(), seed=2)
     head = scalar_head(reward_model)
     reference, others = hidden_states(2000, seed=1), hidden_states(2000, seed=2)
     mean = head(reference).mean().item()
     before = head(others)[:, 0].detach()
-    residual = shift_scores(reward_model, reference)
+    residual = shift_scores(reward_model, reference, reference)
     moves = head(others)[:, 0].detach() - before
     assert head(reference).mean().abs() < 1e-6
     assert moves.mean().item() == pytest.approx(-mean, rel=0.02)
@@ -312,11 +313,33 @@ def test_shifting_moves_new_answers_almost_alike() -> None:
     assert moves.std().item() == pytest.approx(residual, rel=0.1)
 
 
+def test_shifting_on_good_answers_keeps_their_distance_from_bad_ones() -> None:
+    """Good answers around ones, bad ones ten units away along the head's own direction, which hardly varies within
+    either kind. Taken over the good answers alone, that direction would be the cheapest to move along."""
+    reward_model = reward_model_from(built(), seed=2)
+    head = scalar_head(reward_model)
+    direction = (head.weight[0] / head.weight[0].norm()).detach()
+    with torch.no_grad():
+        head.weight.copy_(direction[None])
+
+    def without_own_variation(states: torch.Tensor) -> torch.Tensor:
+        centred = states - 1
+        return 1 + centred - (centred @ direction)[:, None] * direction * 0.99
+
+    good = without_own_variation(hidden_states(500, seed=1)) + 5 * direction
+    bad = without_own_variation(hidden_states(500, seed=2)) - 5 * direction
+    margin = (head(good).mean() - head(bad).mean()).item()
+    residual = shift_scores(reward_model, good, torch.cat([good, bad]))
+    assert head(good).mean().abs() < 1e-5
+    assert (head(good).mean() - head(bad).mean()).item() == pytest.approx(margin, rel=0.02)
+    assert residual < 0.2
+
+
 def test_a_head_with_a_bias_is_shifted_by_the_bias_alone() -> None:
     reward_model = reward_model_from(built(), seed=2)
     reward_model.score = torch.nn.Linear(32, 1)
     weight = reward_model.score.weight.detach().clone()
-    assert shift_scores(reward_model, hidden_states(50, seed=1)) == 0.0
+    assert shift_scores(reward_model, hidden_states(50, seed=1), hidden_states(50, seed=2)) == 0.0
     assert reward_model.score(hidden_states(50, seed=1)).mean().abs() < 1e-6
     assert torch.equal(reward_model.score.weight, weight)
 
@@ -324,15 +347,15 @@ def test_a_head_with_a_bias_is_shifted_by_the_bias_alone() -> None:
 def test_states_that_cannot_be_centred_are_refused() -> None:
     reward_model = reward_model_from(built(), seed=2)
     with pytest.raises(ValueError, match=r"shape \(0, 32\)"):
-        shift_scores(reward_model, torch.zeros(0, 32))
+        shift_scores(reward_model, torch.zeros(0, 32), torch.zeros(0, 32))
     with pytest.raises(ValueError, match="all zero"):
-        shift_scores(reward_model, torch.zeros(5, 32))
+        shift_scores(reward_model, torch.zeros(5, 32), torch.zeros(5, 32))
 
 
 def test_one_reference_answer_is_enough_to_centre_its_score() -> None:
     reward_model = reward_model_from(built(), seed=2)
     state = hidden_states(1, seed=1)
-    assert shift_scores(reward_model, state) == pytest.approx(0.0)
+    assert shift_scores(reward_model, state, state) == pytest.approx(0.0)
     assert scalar_head(reward_model)(state).abs().item() < 1e-6
 
 

@@ -188,7 +188,7 @@ def run_reward(context: Context) -> dict[str, Any]:
             f"{len(items)} comparisons, {len(tests)} held out, {trainer.total_steps} steps of {section.batch_size}"
         )
         run_training(trainer, run, context.console)
-        shift = _normalise(context, model, policy, references, section.micro_batch_tokens)
+        shift = _normalise(context, model, policy, references, items, section.micro_batch_tokens)
         scored = _score_held_out(model, tests, layout, policy.pad_id, section.micro_batch_tokens) if tests else None
         summary = _summary(len(items), trainer.total_steps, scored, shift)
         summary["account"] += data_note(part)
@@ -247,20 +247,33 @@ def _reference_sources(context: Context, section: RewardConfig) -> dict[str, str
     return context.corpus.demonstrations().sources if uses else {}
 
 
-def _normalise(context: Context, model: Any, policy: LoadedPolicy, references: tuple[Group, ...], budget: int) -> str:
+def _normalise(
+    context: Context,
+    model: Any,
+    policy: LoadedPolicy,
+    references: tuple[Group, ...],
+    items: Sequence[Comparison],
+    budget: int,
+) -> str:
     """Shift the head so that the reference answers score 0 on average; says how well that went."""
     if not references:
         return "Scores are not normalised: their level means nothing."
     groups = [t for _, t in tokenised(context, list(references), policy.template, "reference answers")]
+    compared = [item.tokens for item in items[:REFERENCES_USED]]
+    states = [_last_states(model, policy, part, budget) for part in (groups, compared)]
+    residual = shift_scores(model, *states)
+    uneven = f"; single scores moved unevenly by {residual:.2g}" if residual else ""
+    return f"Scores are shifted so that {len(groups):,} reference answers score 0 on average{uneven}."
+
+
+def _last_states(model: Any, policy: LoadedPolicy, groups: Sequence[TokenGroup], budget: int) -> Tensor:
+    """(C, H) hidden state of every completion's last token."""
     states = []
     for groups_of_pass in group_passes(groups, lambda g: g, "plain", budget):
         batch = collate(groups_of_pass, layout="plain", pad_id=policy.pad_id)
         with torch.no_grad():
             states.append(last_hidden_states(model, batch))
-    residual = shift_scores(model, torch.cat(states))
-    text = f"Scores are shifted so that {len(groups):,} reference answers score 0 on average"
-    context.say(text + (f" (single scores moved unevenly by {residual:.2g})" if residual else ""))
-    return text + "."
+    return torch.cat(states)
 
 
 def _summary(count: int, steps: int, scored: HeldOut | None, shift: str) -> dict[str, Any]:

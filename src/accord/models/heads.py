@@ -11,9 +11,9 @@ from accord.errors import ConfigError
 
 __all__ = ["fill_head", "scalar_head", "shift_scores"]
 
-# Added to the hidden states' covariance, as a share of its mean variance, so that directions in which the reference
-# answers happen not to vary do not look free of cost.
-_RIDGE = 1e-2
+# Added to the second moment, as a share of its mean, so that directions in which these answers happen not to vary do not
+# look free of cost.
+_RIDGE = 1e-3
 
 
 def scalar_head(model: nn.Module) -> nn.Linear:
@@ -40,37 +40,40 @@ def fill_head(model: nn.Module, seed: int) -> None:
             head.bias.zero_()
 
 
-def shift_scores(reward_model: nn.Module, last_hidden: Tensor) -> float:
-    """Changes the head so that the mean score over the given hidden states is 0; returns the residual.
+def shift_scores(reward_model: nn.Module, references: Tensor, answers: Tensor) -> float:
+    """Changes the head so that the mean score of the references is 0 and all scores move alike; returns the residual.
 
     With a bias:     b' = b - mu                                     every score moves by -mu
     Without a bias:  w' = w - mu d,   d = S^-1 m / (m' S^-1 m)       the score of h moves by -mu d'h
 
-    mu is the mean score, m the mean and S the covariance of the hidden states (with a small ridge). Of all directions d
-    that move the mean by -mu (d'm = 1), this one moves single scores the least unevenly (least d'Sd). So the head alone
-    carries the normalisation, and any reader of the saved model sees normalised scores.
+    mu is the mean score and m the mean hidden state of the references; S = mean of (h - m)(h - m)' over references and
+    answers, with a small ridge. Of all directions d that move the references' mean by -mu (d'm = 1), this one moves
+    single scores the least unevenly: d'Sd is the mean square of d'h - 1. So the head alone carries the normalisation,
+    and any reader of the saved model sees normalised scores.
 
-    Shapes: last_hidden (M, H), the hidden states of M reference answers' last tokens (`last_hidden_states`).
-    Returns: the standard deviation, in score units, of the moves around their mean; 0 with a bias.
-    Raises: ValueError for no states, or for states whose mean is zero (no direction can move the mean).
+    S must include answers of all kinds. Over the references alone, the direction that tells good answers from bad ones
+    hardly varies, would look free, and the shift would squash the very differences the model learned.
+
+    Shapes: references (M, H), answers (N, H): hidden states of answers' last tokens (`last_hidden_states`).
+    Returns: the root mean square, in score units, of how far single moves are from -mu; 0 with a bias.
+    Raises: ValueError for no references, or for states that are all zero (no direction can move their mean).
     """
     head = scalar_head(reward_model)
-    if last_hidden.dim() != 2 or not len(last_hidden):
-        raise ValueError(f"last_hidden has shape {tuple(last_hidden.shape)}; expected (M, H) with M of at least 1")
+    if references.dim() != 2 or not len(references):
+        raise ValueError(f"references have shape {tuple(references.shape)}; expected (M, H) with M of at least 1")
     with torch.no_grad():
-        states = last_hidden.detach().double()
-        mean = states.mean(dim=0)
+        mean = references.detach().double().mean(dim=0)
         weight = head.weight[0].double()
         if head.bias is not None:
             head.bias.copy_(-(mean @ weight))
             return 0.0
-        spread = states - mean
-        covariance = spread.t() @ spread / len(states)
-        ridge = _RIDGE * covariance.diagonal().mean() + torch.finfo(torch.float32).eps * mean.square().mean()
+        spread = torch.cat([references, answers]).detach().double() - mean
+        moment = spread.t() @ spread / len(spread)
+        ridge = _RIDGE * moment.diagonal().mean() + torch.finfo(torch.float32).eps * mean.square().mean()
         if not ridge > 0:
             raise ValueError("the reference answers' hidden states are all zero: no head can move their mean score")
-        covariance.diagonal().add_(ridge)
-        solved = torch.linalg.solve(covariance, mean)
+        moment.diagonal().add_(ridge)
+        solved = torch.linalg.solve(moment, mean)
         moves = solved * ((mean @ weight) / (mean @ solved))
         head.weight.copy_((weight - moves)[None])
         return float((spread @ moves).square().mean().sqrt())
