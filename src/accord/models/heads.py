@@ -11,8 +11,8 @@ from accord.errors import ConfigError
 
 __all__ = ["fill_head", "scalar_head", "shift_scores"]
 
-# Added to the second moment, as a share of its mean, so that directions in which these answers happen not to vary do not
-# look free of cost.
+# Added to the second moment, as a share of its mean, so that directions in which these answers happen not to vary do
+# not look free of cost.
 _RIDGE = 1e-3
 
 
