@@ -90,7 +90,10 @@ def test_one_failure_among_good_scores_is_a_value_with_an_error_and_stops_the_ru
 
     scorer = FunctionScorer(score, "animals")
     requests = [request("good", "x"), request("bad", "y"), request("good", "z")]
-    assert scorer.score(requests) == [Score(2.0), Score(None, "ValueError: no such animal"), Score(2.0)]
+    first, failed, last = scorer.score(requests)
+    assert (first, last) == (Score(2.0), Score(2.0))
+    assert failed.value is None
+    assert str(failed.error).startswith(f"ValueError: no such animal ({__file__}:")
     with pytest.raises(RewardError, match=r"(?s)animals failed on 1 of 3 .* prompt: 'bad'"):
         values_of(scorer, requests)
 

@@ -87,9 +87,9 @@ def run_evaluate(context: Context) -> dict[str, Any]:
             model, tokenizer = load_reward_model(reward_folder)
             judges["reward model"] = model_scorer(context, model, tokenizer, section.micro_batch_tokens, reward_folder)
         contestants = {name: _contestant(context, name, folder) for name, folder in models.items()}
-        return _evaluate(context, section, list(groups)[: section.prompts], contestants, pairs, judges)
+        return _evaluate(context, section, run, list(groups)[: section.prompts], contestants, pairs, judges)
 
-    sources = part.sources | context.corpus.sft.sources
+    sources = part.sources | context.corpus.sft.sources | context.corpus.preferences.sources
     if gold is not None:
         sources |= {"gold function": gold.fingerprint}
     for name, folder in (models | ({"reward model": reward_folder} if reward_folder else {})).items():
@@ -138,6 +138,7 @@ def _contestant(context: Context, name: str, folder: Path | str) -> Contestant:
 def _evaluate(
     context: Context,
     section: EvaluateConfig,
+    run: RunFolder,
     groups: list[Group],
     contestants: dict[str, Contestant],
     pairs: tuple[tuple[str, str], ...],
@@ -157,6 +158,8 @@ def _evaluate(
             answers[name] = answers_of(contestant, prompts[name], sampling, judges, ("evaluate", context.seed))
             progress.advance(name)
     asked = [group for group, _ in next(iter(prompts.values()))]
+    run.truncate_after(0)
+    run.append_samples(1, (row for answer in answers.values() for row in _rows(answer)))
     comparisons = [
         compare(answers[name], answers[base], judge, section.tie_margin) for name, base in pairs for judge in judges
     ]
@@ -209,8 +212,9 @@ def _add_perplexity(
     facts: dict[str, dict[str, Interval | float]],
 ) -> None:
     """Perplexity of each model on held-out demonstrations, or on the prompts' reference answers."""
-    source = context.corpus.sft if context.corpus.sft.groups else Part()
-    held_out = split_holdout(source.groups, context.recipe.data.holdout)[1] if source.groups else []
+    corpus = context.corpus
+    source = corpus.demonstrations() if corpus.sft.groups or corpus.preferences.groups else Part()
+    held_out = split_holdout(source.groups, context.recipe.data.holdout)[1]
     texts = [g for g in held_out if g.kind == "sft"][: section.prompts]
     if not texts:
         return
@@ -302,6 +306,22 @@ def _summary(
         ],
         "side_by_side": [_exchange(list(answers.values()), i) for i in range(min(count, SIDE_BY_SIDE))],
     }
+
+
+def _rows(answers: Answers) -> list[dict[str, Any]]:
+    """Every answer with what every judge said of it, for samples.jsonl: the evaluation can be checked from them."""
+    return [
+        {
+            "model": answers.name,
+            "prompt": "\n".join(m.content for m in request.prompt),
+            "prompt_id": request.prompt_id,
+            "completion": request.completion,
+            "finished": request.finished,
+            "score": answers.scores["reward model"][index] if "reward model" in answers.scores else None,
+            **({"gold": answers.scores["gold"][index]} if "gold" in answers.scores else {}),
+        }
+        for index, request in enumerate(answers.requests)
+    ]
 
 
 def _exchange(answers: list[Answers], index: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from accord.errors import ConfigError, DataError
 from accord.methods.corpus import Corpus, split_holdout
 from accord.models.paths import check_model_path
 
-__all__ = ["STAGE_NAMES", "num_parameters", "plan_table", "stages_of"]
+__all__ = ["STAGE_NAMES", "check_sizes", "num_parameters", "plan_table", "stages_of"]
 
 STAGE_NAMES = ("sft", "reward", "ppo", "evaluate")
 # fp32 bytes for each parameter: weights, gradient and AdamW's two moments while training; weights alone while frozen.
@@ -61,6 +61,12 @@ def plan_table(recipe: Recipe, corpus: Corpus, stages: list[str]) -> Table:
     return table
 
 
+def check_sizes(recipe: Recipe, corpus: Corpus, stages: list[str]) -> None:
+    """Raises ConfigError or DataError where a stage would find nothing to work on: now, not after the stages before."""
+    for stage in stages:
+        _sizes(recipe, corpus, stage)
+
+
 def _sizes(recipe: Recipe, corpus: Corpus, stage: str) -> tuple[str, str]:
     holdout = recipe.data.holdout
     if stage in ("sft", "reward"):
@@ -78,6 +84,11 @@ def _sizes(recipe: Recipe, corpus: Corpus, stage: str) -> tuple[str, str]:
         return f"{len(prompts.groups):,} prompts", "-"
     train, held_out = split_holdout(corpus.all_prompts().groups, holdout)
     if stage == "evaluate":
+        if len(held_out) < 2:
+            raise ConfigError(
+                f"{len(held_out)} held-out prompts are too few to evaluate on: raise `data.holdout` (now {holdout}) "
+                "or set `data.evaluation`"
+            )
         return f"{len(held_out):,} held-out prompts", "-"
     ppo = recipe.ppo
     assert ppo is not None

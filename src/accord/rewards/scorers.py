@@ -7,6 +7,7 @@ import inspect
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -96,7 +97,8 @@ class FunctionScorer:
         try:
             value = float(self._function(_plain(request.prompt), request.completion, **extra))
         except Exception as error:  # the user's code may raise anything: it becomes a counted, named failure
-            return Score(None, f"{type(error).__name__}: {error}")
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            return Score(None, f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})")
         return Score(value) if math.isfinite(value) else Score(None, f"returned {value}")
 
 
