@@ -93,14 +93,17 @@ def test_sigterm_saves_and_exits_143_and_the_run_continues_from_there(
     """No checkpoint is due in these runs, so what they continue from is what the signal saved."""
     draw = random.Random(f"terms of {stage}")
     seldom = ("--set", f"{stage}.checkpoint_every=1000")
+    seconds = reference.seconds[stage]
     for attempt in range(20):
         root = reference.before(stage, tmp_path / f"run{attempt}")
-        moment = reference.seconds[stage] * (0.2 + 0.7 * draw.random())
+        moment = seconds * (0.2 + 0.7 * draw.random())
         code, output, _ = reference.run(stage, root, *seldom, after=moment, number=signal.SIGTERM)
         assert code in (0, 143), output
         stopped = re.search(rf"at {stage} step (\d+) of (\d+)", output)
         if code == 143 and stopped and stopped[1] != stopped[2]:
             break
+        # Other work on the machine makes runs faster or slower than the measured one.
+        seconds *= 0.7 if code == 0 or stopped else 1.4
     else:
         pytest.fail("no signal arrived in the middle of the training")
     assert "the state is saved: run the same command again" in output
