@@ -98,7 +98,8 @@ def test_sigterm_saves_and_exits_143_and_the_run_continues_from_there(
         root = reference.before(stage, tmp_path / f"run{attempt}")
         moment = seconds * (0.2 + 0.7 * draw.random())
         code, output, _ = reference.run(stage, root, *seldom, after=moment, number=signal.SIGTERM)
-        assert code in (0, 143), output
+        # A signal that comes before the command has looked at its arguments ends the process as it ends any other.
+        assert code in (0, 143, -signal.SIGTERM), output
         stopped = re.search(rf"at {stage} step (\d+) of (\d+)", output)
         if code == 143 and stopped and stopped[1] != stopped[2]:
             break
