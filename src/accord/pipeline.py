@@ -11,6 +11,7 @@ from rich.console import Console
 from accord.atomic import write_json
 from accord.config import Recipe
 from accord.evaluation.stage import run_evaluate
+from accord.methods import catalogue
 from accord.methods.context import Context
 from accord.methods.corpus import Corpus
 from accord.methods.ppo_stage import run_ppo
@@ -29,7 +30,7 @@ STAGES: Mapping[str, Callable[[Context], dict[str, Any]]] = {
 }
 
 # The order in which stages appear in the overview; `annotate` is the quickstart's simulated people.
-SHOWN = ("base", "sft", "annotate", "reward", "ppo", "evaluate")
+SHOWN = ("base", "sft", "annotate", *(stage for stage in catalogue.STAGES if stage != "sft"))
 
 
 def run_stages(

@@ -112,7 +112,7 @@ def test_input_that_is_wrong_exits_2_and_says_what_to_mend(
 
 def test_a_recipe_without_stages_names_them(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (workplace / "empty.yaml").write_text("data: {preferences: pairs.jsonl}\n")
-    assert "add a section, one of sft, reward, ppo, evaluate" in refused(capsys, "run", "empty.yaml")
+    assert "add a section, one of sft, reward, dpo, " in refused(capsys, "run", "empty.yaml")
 
 
 def test_a_row_that_cannot_be_used_is_named_by_file_and_line(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accord.config import PPOConfig, Recipe, load_recipe, recipe_from
+from accord.config import AdapterConfig, PPOConfig, Recipe, load_recipe, recipe_from
 from accord.config.load import FOREIGN_NAMES, parse_override, section_in
 from accord.config.reference import key_lines, reference_page
 from accord.errors import ConfigError
@@ -44,6 +44,8 @@ def written(folder: Path, text: str) -> Path:
         ({"ppo": {"cliprange": 0.2}}, "unknown key `ppo.cliprange`; here it is called `ppo.clip_range`"),
         ({"sft": {"lr": 1}}, "here it is called `sft.learning_rate`"),
         ({"reward": {"center_rewards_coefficient": 1}}, "here it is called `reward.centring_coef`"),
+        ({"orpo": {"beta": 1}}, "here it is called `orpo.odds_ratio_coef`"),
+        ({"model": {"adapter": {"r": 8}}}, "here it is called `model.adapter.rank`"),
         ({"stf": {}}, "unknown key `stf`; did you mean `sft`?"),
         ({"kl_coef": 0.1}, "unknown key `kl_coef`; did you mean `ppo.kl_coef`?"),
         ({"init_kl_coef": 0.1}, "did you mean `ppo.kl_coef`?"),
@@ -64,6 +66,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
 
 def test_every_foreign_name_leads_to_a_key_that_exists_and_is_no_key_itself() -> None:
     ours = {key for section in SECTIONS.values() for key in section.model_fields} | Recipe.model_fields.keys()
+    ours |= AdapterConfig.model_fields.keys()
     assert set(FOREIGN_NAMES.values()) <= ours
     assert not FOREIGN_NAMES.keys() & ours
 
@@ -97,6 +100,13 @@ def test_a_key_with_a_letter_missing_is_traced_back(name: str, data: st.DataObje
         ({"ppo": {"max_new_tokens": 1024}}, ["`ppo.max_new_tokens` = 1024", "`data.max_tokens` = 1024"]),
         ({"evaluate": {"max_new_tokens": 1024}}, ["`evaluate.max_new_tokens` = 1024"]),
         ({"ppo": {"prompts_per_step": 1, "samples_per_prompt": 1, "minibatches": 1}}, ["`ppo.whiten_advantages`"]),
+        ({"grpo": {"reward_model": "a", "reward_function": "b:c"}}, ["`grpo.reward_model`", "`grpo.reward_function`"]),
+        ({"rloo": {"minibatches": 64, "prompts_per_step": 32}}, ["`rloo.minibatches` = 64", "32"]),
+        ({"bestofn": {"max_new_tokens": 1024}}, ["`bestofn.max_new_tokens` = 1024", "`data.max_tokens` = 1024"]),
+        ({"dpo": {"label_smoothing": 0.1}}, ["`dpo.label_smoothing`", "conservative or robust, which is dpo"]),
+        ({"dpo": {"target_margin": 1, "loss": "ipo"}}, ["`dpo.target_margin`", "simpo, which is ipo"]),
+        ({"reinforce": {"prompts_per_step": 1}}, ["single completion", "`reinforce.samples_per_prompt`"]),
+        ({"rft": {"start_quantile": 0.9, "end_quantile": 0.8}}, ["`rft.end_quantile` = 0.8", "`rft.start_quantile`"]),
     ],
 )
 def test_a_contradiction_names_both_keys(tree: dict[str, Any], parts: list[str]) -> None:

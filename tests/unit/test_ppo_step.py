@@ -6,7 +6,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from accord.config import PPOConfig
 from accord.data.templates import Template
 from accord.errors import RewardError
+from accord.methods.online import prompt_indices
 from accord.methods.ppo import PPOTrainer
 from accord.methods.rollouts import RolloutModels, collect
 from accord.models.load import reward_model_from
@@ -27,6 +28,17 @@ from models_support import EOS_ID, PAD_ID, tiny_model, word_tokenizer
 
 PROMPTS = ("w2 w3", "w4 w5 w6 w7", "w8", "w9 w10 w11", "w12 w13 w14 w15 w16")
 STEPS = 3
+
+
+@dataclass(frozen=True)
+class Cast(RolloutModels):
+    """The models of a rollout, and PPO's value model."""
+
+    value: Any
+
+
+def ppo(made: Cast, asked: list[tuple[Group, TokenGroup]], config: PPOConfig, *, seed: int) -> PPOTrainer:
+    return PPOTrainer(made, made.value, asked, config, seed)
 
 
 def uneven(prompt: str, completion: str) -> float:
@@ -47,11 +59,11 @@ def models(
     layout: Any = "shared",
     function: Callable[..., float] = uneven,
     gold: Callable[..., float] | None = None,
-) -> RolloutModels:
+) -> Cast:
     """A policy, a reference that is another model, and a value model of its own."""
     policy = tiny_model(kind, dtype=dtype, seed=1)
     reference = tiny_model(kind, dtype=dtype, seed=2).requires_grad_(False)
-    return RolloutModels(
+    return Cast(
         policy=policy,
         reference=reference,
         value=reward_model_from(tiny_model(kind, dtype=dtype, seed=3), 4),
@@ -71,8 +83,8 @@ def section(**changes: Any) -> PPOConfig:
     return PPOConfig(**(fields | changes))
 
 
-def step(made: RolloutModels, config: PPOConfig, number: int = 1) -> dict[str, float]:
-    return steps(PPOTrainer(made, prompts(), config, seed=0), range(number, number + 1))[0]
+def step(made: Cast, config: PPOConfig, number: int = 1) -> dict[str, float]:
+    return steps(ppo(made, prompts(), config, seed=0), range(number, number + 1))[0]
 
 
 def steps(trainer: PPOTrainer, numbers: Sequence[int]) -> list[dict[str, float]]:
@@ -97,7 +109,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_before_the_first_update_of_every_rollout_the_ratio_is_1(source: str, layout: str, temperature: float) -> None:
     """In float32, also after updates have moved the policy: sampler and update see the same weights and temperature."""
     config = section(old_logprobs=source, temperature=temperature, learning_rate=1e-3)
-    trainer = PPOTrainer(models("llama", torch.float32, layout=layout), prompts(), config, seed=0)
+    trainer = ppo(models("llama", torch.float32, layout=layout), prompts(), config, seed=0)
     rows = steps(trainer, range(1, STEPS + 1))
     assert all(row["train/ratio_max_deviation"] <= 1e-5 for row in rows)
     assert trainer.drift == max(row["train/ratio_max_deviation"] for row in rows)
@@ -123,7 +135,7 @@ def test_a_sampler_that_disagrees_with_the_trainer_is_seen_and_recomputing_mends
     for source, expected in (("sampler", math.expm1(0.01)), ("recompute", 0.0)):
         made = models()
         made = replace(made, sampler=OffsetSampler(made.sampler, 0.01))  # type: ignore[arg-type]
-        trainer = PPOTrainer(made, prompts(), section(old_logprobs=source), seed=0)
+        trainer = ppo(made, prompts(), section(old_logprobs=source), seed=0)
         assert steps(trainer, [1])[0]["train/ratio_max_deviation"] == pytest.approx(expected, abs=1e-5)
         assert trainer.drift == pytest.approx(expected, abs=1e-5)
 
@@ -138,9 +150,8 @@ def _row(ids: tuple[int, ...]) -> dict[str, torch.Tensor]:
 class Oracle:
     """The first step's losses in float64 from one unpadded row at a time, with advantages by their defining sums."""
 
-    def __init__(self, made: RolloutModels, config: PPOConfig) -> None:
-        trainer = PPOTrainer(made, prompts(), config, seed=0)
-        chosen = [prompts()[i] for i in trainer._prompt_indices(1)]
+    def __init__(self, made: Cast, config: PPOConfig) -> None:
+        chosen = [prompts()[i] for i in prompt_indices(1, config, len(PROMPTS), 0, "ppo")]
         rollout = collect(made, chosen, config, ("ppo", 0, 1))
         self.rows = [(g.prompt_ids, c.ids) for g in rollout.groups for c in g.completions]
         texts = [r.completion for r in rollout.requests]
@@ -267,7 +278,7 @@ def test_neither_micro_batches_nor_layout_change_a_step() -> None:
     runs = []
     for layout, budget in (("plain", 10_000), ("plain", 16), ("shared", 16), ("shared", 64)):
         made = models(layout=layout)
-        rows = steps(PPOTrainer(made, prompts(), section(micro_batch_tokens=budget), seed=0), range(1, STEPS + 1))
+        rows = steps(ppo(made, prompts(), section(micro_batch_tokens=budget), seed=0), range(1, STEPS + 1))
         runs.append((weights(made.policy), weights(made.value), rows))
     for policy, value, rows in runs[1:]:
         for name in policy:
@@ -306,7 +317,7 @@ def test_the_value_model_has_a_learning_rate_of_its_own() -> None:
 def test_with_learning_rate_0_nothing_moves() -> None:
     made = models()
     before = weights(made.policy), weights(made.value)
-    rows = steps(PPOTrainer(made, prompts(), section(learning_rate=0.0), seed=0), range(1, STEPS + 1))
+    rows = steps(ppo(made, prompts(), section(learning_rate=0.0), seed=0), range(1, STEPS + 1))
     assert equal(before[0], weights(made.policy)) and equal(before[1], weights(made.value))
     assert all(row["train/grad_norm"] > 0 for row in rows)
 
@@ -317,7 +328,7 @@ def test_with_learning_rate_0_nothing_moves() -> None:
 def test_the_adaptive_coefficient_moves_by_its_rule_after_each_rollout() -> None:
     """kl_coef (1 + clip(KL / target - 1, -.2, .2) n / horizon), n = 18 completions, from the KL of the row before."""
     config = section(kl_controller="adaptive", target_kl=0.5, kl_horizon=40)
-    rows = steps(PPOTrainer(models(), prompts(), config, seed=0), range(1, STEPS + 1))
+    rows = steps(ppo(models(), prompts(), config, seed=0), range(1, STEPS + 1))
     assert rows[0]["train/kl_coef"] == 0.1
     for before, after in pairwise(rows):
         error = max(-0.2, min(0.2, before["rollout/kl_per_sequence_nats"] / 0.5 - 1))
@@ -327,7 +338,7 @@ def test_the_adaptive_coefficient_moves_by_its_rule_after_each_rollout() -> None
         cut = config.missing_eos_penalty * row["rollout/truncated_fraction"]
         price = row["train/kl_coef"] * row["rollout/kl_per_sequence_nats"]
         assert row["rollout/reward/mean"] == pytest.approx(row["rollout/score/mean"] - cut - price, rel=1e-5)
-    fixed = steps(PPOTrainer(models(), prompts(), section(), seed=0), range(1, STEPS + 1))
+    fixed = steps(ppo(models(), prompts(), section(), seed=0), range(1, STEPS + 1))
     assert {row["train/kl_coef"] for row in fixed} == {0.1}
 
 
@@ -347,7 +358,7 @@ def test_every_prompt_is_used_equally_often_in_an_order_that_changes() -> None:
     made = models()
     recorder = RecordingSampler(made.sampler)  # type: ignore[arg-type]
     config = section(prompts_per_step=2, episodes=60, update_epochs=1)
-    trainer = PPOTrainer(replace(made, sampler=recorder), prompts(), config, seed=0)
+    trainer = ppo(replace(made, sampler=recorder), prompts(), config, seed=0)
     assert trainer.total_steps == 5
     steps(trainer, range(1, 6))
     used = [prompt for call in recorder.calls for prompt in call]
@@ -372,12 +383,12 @@ def test_every_pass_over_a_rollout_is_shuffled_afresh() -> None:
 
 
 def test_episodes_are_rounded_up_to_whole_rollouts() -> None:
-    assert PPOTrainer(models(), prompts(), section(episodes=37), seed=0).total_steps == 3
+    assert ppo(models(), prompts(), section(episodes=37), seed=0).total_steps == 3
 
 
 def test_samples_are_kept_at_the_first_the_last_and_every_few_steps() -> None:
     made = models(gold=lambda prompt, completion: 1.0)
-    trainer = PPOTrainer(made, prompts(), section(samples_every=2, episodes=18 * 5), seed=0)
+    trainer = ppo(made, prompts(), section(samples_every=2, episodes=18 * 5), seed=0)
     kept = [trainer.step(number).samples for number in range(1, 6)]
     assert [bool(samples) for samples in kept] == [True, True, False, True, True]
     sample = kept[0][0]
@@ -390,11 +401,11 @@ def test_samples_are_kept_at_the_first_the_last_and_every_few_steps() -> None:
 def test_a_captured_trainer_goes_on_as_the_old_one() -> None:
     config = section(kl_controller="adaptive", target_kl=0.5, kl_horizon=40)
     old_models, new_models = models(), models()
-    old = PPOTrainer(old_models, prompts(), config, seed=0)
+    old = ppo(old_models, prompts(), config, seed=0)
     steps(old, [1])
     captured = copy.deepcopy(old.capture())
     rows = steps(old, [2, 3])
-    new = PPOTrainer(new_models, prompts(), config, seed=0)
+    new = ppo(new_models, prompts(), config, seed=0)
     new.restore(captured)
     assert steps(new, [2, 3]) == rows
     assert equal(weights(old_models.policy), weights(new_models.policy))
@@ -408,6 +419,6 @@ def test_a_reward_function_that_raises_stops_the_step_and_names_the_prompt() -> 
             raise LookupError("no opinion")
         return 0.0
 
-    trainer = PPOTrainer(models(function=moody), prompts(), section(prompts_per_step=5), seed=0)
+    trainer = ppo(models(function=moody), prompts(), section(prompts_per_step=5), seed=0)
     with pytest.raises(RewardError, match=rf"(?s)LookupError: no opinion.*{PROMPTS[0]!r}"):
         trainer.step(1)

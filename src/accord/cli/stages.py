@@ -1,4 +1,4 @@
-"""`accord sft|reward|ppo|evaluate` (one stage) and `accord run` (all stages of a recipe)."""
+"""One command a stage (`accord sft`, `accord dpo`, ...), and `accord run` for all stages of a recipe."""
 
 from __future__ import annotations
 
@@ -9,39 +9,27 @@ import yaml
 
 from accord.cli.screen import screen
 from accord.config import Recipe, load_recipe
+from accord.methods.catalogue import STAGES
 
 __all__ = ["add_parsers"]
 
-HELP = {
-    "sft": "supervised fine-tuning on demonstrations",
-    "reward": "train a reward model on comparisons",
-    "ppo": "optimise the policy against the reward model",
-    "evaluate": "compare models on held-out prompts",
-}
-EXAMPLES = {
-    "sft": "accord sft --set model.path=my-model --set data.sft=demos.jsonl --set sft.epochs=2 --set out=runs/a",
-    "reward": "accord reward recipe.yaml --set reward.learning_rate=1e-5",
-    "ppo": "accord ppo recipe.yaml --set ppo.kl_coef=0.1 --dry-run",
-    "evaluate": "accord evaluate recipe.yaml --set evaluate.prompts=1000",
-    "run": "accord run recipe.yaml",
-}
-
 
 def add_parsers(commands: Any) -> None:
-    """Add the five commands."""
-    for stage, text in HELP.items():
-        parser = _add(commands, stage, text)
-        parser.set_defaults(run=_run_one, stage=stage)
-    parser = _add(commands, "run", "run all stages of a recipe in order; finished ones are not repeated")
+    """Add a command for each stage, and one for whole recipes."""
+    for stage in STAGES.values():
+        parser = _add(commands, stage.verb, stage.help, stage.example, _keys(stage.name))
+        parser.set_defaults(run=_run_one, stage=stage.name)
+    text = "run all stages of a recipe in order; finished ones are not repeated"
+    parser = _add(commands, "run", text, "accord run recipe.yaml", "")
     parser.set_defaults(run=_run_all)
 
 
-def _add(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+def _add(commands: Any, name: str, text: str, example: str, keys: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
         help=text,
         description=f"{text[0].upper()}{text[1:]}.",
-        epilog=f"{_keys(name)}example:\n  {EXAMPLES[name]}\n\nRun the same command again to continue an interrupted "
+        epilog=f"{keys}example:\n  {example}\n\nRun the same command again to continue an interrupted "
         f"run. "
         "All keys: docs/configuration.md",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -60,8 +48,6 @@ def _add(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
 
 
 def _keys(stage: str) -> str:
-    if stage not in HELP:
-        return ""
     from accord.config.reference import key_lines
 
     return f"keys of the {stage} section (default):\n{key_lines(stage)}\n\n"

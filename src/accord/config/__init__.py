@@ -1,29 +1,56 @@
 """Configuration: what a recipe may say, how it is read, and which contradictions are refused. Torch-free."""
 
 from accord.config.load import load_recipe, recipe_from
-from accord.config.sections import (
-    DataConfig,
-    EvaluateConfig,
-    ModelConfig,
-    OptimiserFields,
+from accord.config.offline import DPOConfig, ILQLConfig, KTOConfig, ORPOConfig, PairLoss, RewardConfig, SFTConfig
+from accord.config.online import (
+    BestOfNConfig,
+    GRPOConfig,
+    OnlineDPOConfig,
+    PolicyGradientFields,
     PPOConfig,
-    Recipe,
-    RewardConfig,
+    REINFORCEConfig,
+    RFTConfig,
+    RLOOConfig,
+    RolloutFields,
+    SamplingFields,
+)
+from accord.config.recipe import EvaluateConfig, Recipe
+from accord.config.sections import (
+    AdapterConfig,
+    DataConfig,
+    ModelConfig,
+    OfflineFields,
+    OptimiserFields,
     ScratchConfig,
     Section,
-    SFTConfig,
     Source,
 )
 
 __all__ = [
+    "AdapterConfig",
+    "BestOfNConfig",
+    "DPOConfig",
     "DataConfig",
     "EvaluateConfig",
+    "GRPOConfig",
+    "ILQLConfig",
+    "KTOConfig",
     "ModelConfig",
+    "ORPOConfig",
+    "OfflineFields",
+    "OnlineDPOConfig",
     "OptimiserFields",
     "PPOConfig",
+    "PairLoss",
+    "PolicyGradientFields",
+    "REINFORCEConfig",
+    "RFTConfig",
+    "RLOOConfig",
     "Recipe",
     "RewardConfig",
+    "RolloutFields",
     "SFTConfig",
+    "SamplingFields",
     "ScratchConfig",
     "Section",
     "Source",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
-from accord.config.sections import PPOConfig, Recipe
+from accord.config.offline import DPOConfig
+from accord.config.online import PPOConfig, REINFORCEConfig, RolloutFields, SamplingFields
+from accord.config.recipe import Recipe
 
 __all__ = ["contradictions"]
 
@@ -26,20 +28,72 @@ def contradictions(recipe: Recipe) -> list[str]:
             f"`data.max_prompt_tokens` = {data.max_prompt_tokens} leaves no room for an answer within "
             f"`data.max_tokens` = {data.max_tokens}"
         )
+    for stage in Recipe.model_fields:
+        section = getattr(recipe, stage)
+        room = getattr(section, "max_new_tokens", 0)
+        if room >= data.max_tokens:
+            problems.append(
+                f"`{stage}.max_new_tokens` = {room} leaves no room for a prompt within `data.max_tokens` = "
+                f"{data.max_tokens}"
+            )
+        if isinstance(section, SamplingFields):
+            problems.extend(_sampling(stage, section))
+        if isinstance(section, RolloutFields):
+            problems.extend(_rollout(stage, section))
     if recipe.ppo is not None:
-        problems.extend(_ppo(recipe.ppo, data.max_tokens))
-    if recipe.evaluate is not None and recipe.evaluate.max_new_tokens >= data.max_tokens:
+        problems.extend(_ppo(recipe.ppo))
+    if recipe.dpo is not None:
+        problems.extend(_dpo(recipe.dpo))
+    if recipe.reinforce is not None:
+        problems.extend(_reinforce(recipe.reinforce))
+    if recipe.rft is not None and recipe.rft.end_quantile < recipe.rft.start_quantile:
         problems.append(
-            f"`evaluate.max_new_tokens` = {recipe.evaluate.max_new_tokens} leaves no room for a prompt within "
-            f"`data.max_tokens` = {data.max_tokens}"
+            f"`rft.end_quantile` = {recipe.rft.end_quantile} is below `rft.start_quantile` = "
+            f"{recipe.rft.start_quantile}: the selection gets stricter within a cycle, never laxer"
         )
     return problems
 
 
-def _ppo(ppo: PPOConfig, max_tokens: int) -> list[str]:
+def _sampling(stage: str, section: SamplingFields) -> list[str]:
+    if section.reward_model is not None and section.reward_function is not None:
+        return [f"`{stage}.reward_model` and `{stage}.reward_function` are both set: keep the one that scores"]
+    return []
+
+
+def _rollout(stage: str, section: RolloutFields) -> list[str]:
+    if section.minibatches > section.prompts_per_step:
+        return [
+            f"`{stage}.minibatches` = {section.minibatches} is more than `{stage}.prompts_per_step` = "
+            f"{section.prompts_per_step}: a minibatch holds whole prompts"
+        ]
+    return []
+
+
+def _dpo(dpo: DPOConfig) -> list[str]:
+    """Options that the chosen loss would not read, when they were set on purpose."""
+    readers = {
+        "label_smoothing": ("conservative", "robust"),
+        "target_margin": ("simpo",),
+        "length_coef": ("rdpo",),
+    }
+    return [
+        f"`dpo.{key}` is read only by `dpo.loss` = {' or '.join(losses)}, which is {dpo.loss}"
+        for key, losses in readers.items()
+        if key in dpo.model_fields_set and dpo.loss not in losses
+    ]
+
+
+def _reinforce(reinforce: REINFORCEConfig) -> list[str]:
+    if reinforce.prompts_per_step * reinforce.samples_per_prompt < 2:
+        return [
+            "`reinforce` over a single completion has itself as baseline and learns nothing: raise "
+            "`reinforce.prompts_per_step` or `reinforce.samples_per_prompt`"
+        ]
+    return []
+
+
+def _ppo(ppo: PPOConfig) -> list[str]:
     problems: list[str] = []
-    if ppo.reward_model is not None and ppo.reward_function is not None:
-        problems.append("`ppo.reward_model` and `ppo.reward_function` are both set: keep the one that scores")
     if ppo.reward_function is not None and ppo.value_init == "reward":
         problems.append(
             "`ppo.value_init` = reward, but `ppo.reward_function` is no model to start from: set `ppo.value_init` = "
@@ -51,16 +105,6 @@ def _ppo(ppo: PPOConfig, max_tokens: int) -> list[str]:
         problems.append("`ppo.kl_controller` = adaptive multiplies `ppo.kl_coef`, which is 0 and would stay 0")
     if ppo.kl_controller == "fixed" and ppo.target_kl is not None:
         problems.append("`ppo.target_kl` is read only by `ppo.kl_controller` = adaptive, which is fixed")
-    if ppo.minibatches > ppo.prompts_per_step:
-        problems.append(
-            f"`ppo.minibatches` = {ppo.minibatches} is more than `ppo.prompts_per_step` = {ppo.prompts_per_step}: "
-            "a minibatch holds whole prompts"
-        )
-    if ppo.max_new_tokens >= max_tokens:
-        problems.append(
-            f"`ppo.max_new_tokens` = {ppo.max_new_tokens} leaves no room for a prompt within `data.max_tokens` = "
-            f"{max_tokens}"
-        )
     if (
         ppo.whiten_advantages
         and ppo.prompts_per_step * ppo.samples_per_prompt == 1

@@ -14,14 +14,15 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from accord.config.check import contradictions
-from accord.config.sections import Recipe
+from accord.config.recipe import Recipe
 from accord.errors import ConfigError
 
 __all__ = ["load_recipe", "merged", "overrides_tree", "parse_override", "recipe_from", "section_in"]
 
 EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
-# What people's fingers know from other tools, and our name for it.
+# What people's fingers know from other tools, and our name for it; with a section where the name means something else
+# elsewhere.
 FOREIGN_NAMES = {
     "per_device_train_batch_size": "batch_size",
     "train_batch_size": "batch_size",
@@ -60,6 +61,25 @@ FOREIGN_NAMES = {
     "eval_steps": "eval_every",
     "center_rewards_coefficient": "centring_coef",
     "reward_model_path": "reward_model",
+    "loss_type": "loss",
+    "simpo_gamma": "target_margin",
+    "gamma_beta_ratio": "target_margin",
+    "rpo_alpha": "sft_coef",
+    "cpo_alpha": "sft_coef",
+    "lambda": "odds_ratio_coef",
+    "lambda_": "odds_ratio_coef",
+    "orpo.beta": "odds_ratio_coef",
+    "epsilon": "clip_range",
+    "num_iterations": "update_epochs",
+    "scale_rewards": "advantage_scale",
+    "num_samples": "samples_per_prompt",
+    "awac_scale": "awac_coef",
+    "cql_scale": "cql_coef",
+    "steps_for_target_q_sync": "sync_every",
+    "ilql.alpha": "target_rate",
+    "model.adapter.r": "rank",
+    "model.adapter.lora_alpha": "alpha",
+    "model.adapter.target_modules": "targets",
 }
 
 
@@ -198,7 +218,7 @@ def _suggestion(loc: tuple[int | str, ...]) -> str:
         return ""
     prefix = "".join(f"{part}." for part in loc[:-1])
     name, fields = str(loc[-1]), list(section.model_fields)
-    ours = FOREIGN_NAMES.get(name)
+    ours = FOREIGN_NAMES.get(f"{prefix}{name}") or FOREIGN_NAMES.get(name)
     if ours in fields:
         return f"; here it is called `{prefix}{ours}`"
     near = difflib.get_close_matches(name, fields, n=1, cutoff=0.6)

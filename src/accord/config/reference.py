@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from accord.config.load import section_in
-from accord.config.sections import Recipe
+from accord.config.recipe import Recipe
 
 __all__ = ["key_lines", "reference_page"]
 

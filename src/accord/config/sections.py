@@ -1,7 +1,7 @@
-"""The sections of a recipe: frozen pydantic models, one per stage, each field with the sentence that explains it.
+"""What the sections of a recipe are made of: the base, the model, the data, and the optimiser's fields.
 
-The descriptions become `--help`, the configuration reference and the error messages. Defaults are the vetted recipe.
-Nothing here imports torch.
+Sections are frozen pydantic models, each field with the sentence that explains it: the descriptions become `--help`,
+the configuration reference and the error messages. Defaults are the vetted recipe. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -11,14 +11,11 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 __all__ = [
+    "AdapterConfig",
     "DataConfig",
-    "EvaluateConfig",
     "ModelConfig",
+    "OfflineFields",
     "OptimiserFields",
-    "PPOConfig",
-    "Recipe",
-    "RewardConfig",
-    "SFTConfig",
     "ScratchConfig",
     "Section",
     "Source",
@@ -42,6 +39,17 @@ class ScratchConfig(Section):
     max_positions: int = Field(1024, ge=16, description="Longest sequence in tokens.")
 
 
+class AdapterConfig(Section):
+    """Low-rank adapters: the model's own weights stay as they are, and the reference is the model without adapters."""
+
+    kind: Literal["lora"] = Field("lora", description="Kind of adapter.")
+    rank: int = Field(16, ge=1, description="Rank of each adapter's update.")
+    alpha: float = Field(32.0, gt=0, description="The update is scaled by alpha / rank.")
+    targets: tuple[str, ...] = Field(
+        (), description="Endings of the names of the linear layers to adapt. Unset: all linear layers of the trunk."
+    )
+
+
 class ModelConfig(Section):
     """The model everything starts from."""
 
@@ -60,6 +68,7 @@ class ModelConfig(Section):
         description="`shared` runs each prompt once for all its completions; `plain` is one row a completion; `auto` "
         "shares when it saves work and the start-up self-check proves both agree on this model.",
     )
+    adapter: AdapterConfig | None = Field(None, description="Train low-rank adapters. Unset: all weights.")
 
 
 def _source(value: object) -> object:
@@ -128,132 +137,10 @@ class OptimiserFields(Section):
     keep_checkpoints: int = Field(2, ge=2, description="Newest checkpoints kept; at least 2, one may be damaged.")
 
 
-class SFTConfig(OptimiserFields):
-    """Supervised fine-tuning on demonstrations."""
+class OfflineFields(OptimiserFields):
+    """What training on fixed data has besides: how often it goes through the data, and in what batches."""
 
     epochs: int = Field(1, ge=1, description="Passes over the data.")
     max_steps: int | None = Field(None, ge=1, description="Stop after this many steps, before `epochs` are over.")
-    batch_size: int = Field(32, ge=1, description="Examples per optimiser step.")
-    loss_on: Literal["assistant", "all"] = Field(
-        "assistant", description="Which tokens count: only what the assistant wrote (end of turn included), or all."
-    )
-    eval_every: int = Field(50, ge=1, description="Steps between evaluations on the held-out part.")
-
-
-class RewardConfig(OptimiserFields):
-    """The reward model, trained on comparisons (Bradley-Terry over all pairs of a prompt)."""
-
-    learning_rate: float = Field(1e-5, ge=0, description="Peak learning rate of AdamW.")
-    epochs: int = Field(1, ge=1, description="Passes over the data. More than one over-fits quickly.")
-    max_steps: int | None = Field(None, ge=1, description="Stop after this many steps, before `epochs` are over.")
     batch_size: int = Field(32, ge=1, description="Prompts per optimiser step.")
-    init: str | None = Field(None, description="Start from this model folder. Unset: the SFT stage, else `model.path`.")
-    centring_coef: float = Field(
-        0.01, ge=0, description="Weight of the mean squared sum of a pair's scores, which keeps scores near zero."
-    )
-    use_margins: bool = Field(True, description="Use the margins of the data where it has them.")
-    normalise_on: Literal["auto", "demonstrations", "chosen", "none"] = Field(
-        "auto",
-        description="After training, shift the scores so that these answers score 0 on average: the demonstrations of "
-        "`data.sft`, or the chosen answers. `auto`: demonstrations when there are any.",
-    )
     eval_every: int = Field(50, ge=1, description="Steps between evaluations on the held-out part.")
-
-
-class PPOConfig(OptimiserFields):
-    """Proximal policy optimisation against a reward model or a reward function."""
-
-    learning_rate: float = Field(1e-5, ge=0, description="Peak learning rate of the policy.")
-    value_learning_rate: float | None = Field(None, ge=0, description="Of the value model. Unset: as `learning_rate`.")
-    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="How the learning rates fall.")
-    warmup_fraction: float = Field(0.0, ge=0, le=1, description="Share of the steps during which the rates rise.")
-    adam_epsilon: float = Field(1e-5, gt=0, description="AdamW's epsilon.")
-    checkpoint_every: int = Field(5, ge=1, description="Rollout steps between checkpoints.")
-    init: str | None = Field(None, description="Start from this model folder. Unset: the SFT stage, else `model.path`.")
-    reward_model: str | None = Field(None, description="Reward model folder. Unset: the reward stage of this recipe.")
-    reward_function: str | None = Field(
-        None, description="`module:function` called as f(prompt, completion) -> float, instead of a reward model."
-    )
-    gold_function: str | None = Field(
-        None,
-        description="`module:function` that is logged beside the reward and never trained on (a simulator's truth).",
-    )
-    episodes: int = Field(10_000, ge=1, description="Completions sampled in all; rounded up to whole rollout steps.")
-    prompts_per_step: int = Field(32, ge=1, description="Prompts per rollout step.")
-    samples_per_prompt: int = Field(4, ge=1, description="Completions sampled for each prompt.")
-    max_new_tokens: int = Field(128, ge=1, description="Longest completion in tokens.")
-    temperature: float = Field(
-        1.0, gt=0, description="Sampling temperature, applied alike in rollout, reference and update."
-    )
-    update_epochs: int = Field(4, ge=1, description="Passes over each rollout, each with a fresh shuffle.")
-    minibatches: int = Field(4, ge=1, description="Optimiser updates per pass.")
-    kl_coef: float = Field(
-        0.05, ge=0, description="Weight of log(policy/reference) per token, subtracted from the reward."
-    )
-    kl_controller: Literal["fixed", "adaptive"] = Field(
-        "fixed", description="`adaptive` moves kl_coef so that KL per sequence approaches target_kl."
-    )
-    target_kl: float | None = Field(None, gt=0, description="Nats per sequence, for the adaptive controller.")
-    kl_horizon: int = Field(10_000, ge=1, description="Episodes over which the adaptive controller acts.")
-    gamma: float = Field(1.0, gt=0, le=1, description="Discount per token.")
-    gae_lambda: float = Field(0.95, ge=0, le=1, description="Lambda of generalised advantage estimation.")
-    clip_range: float = Field(0.2, gt=0, lt=1, description="The policy ratio is clipped to 1 +- this.")
-    value_clip_range: float = Field(0.2, gt=0, description="Value predictions may move this far per update.")
-    entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus (nats per token).")
-    whiten_advantages: bool = Field(
-        True, description="Scale advantages to zero mean and unit variance over the rollout."
-    )
-    missing_eos_penalty: float = Field(
-        1.0, ge=0, description="Subtracted from the score of a completion cut by length."
-    )
-    score_clip: float | None = Field(None, gt=0, description="Scores are clipped to +- this before the KL penalty.")
-    value_init: Literal["reward", "policy"] = Field(
-        "reward", description="The value model starts from the reward model, or from the policy with a new head."
-    )
-    old_logprobs: Literal["recompute", "sampler"] = Field(
-        "recompute",
-        description="Log-probabilities of the rollout: computed once more by the trainer, so that the first ratio is "
-        "exactly 1, or the sampler's own, which saves a forward pass and differs by rounding.",
-    )
-    samples_every: int = Field(5, ge=1, description="Rollout steps between samples written to samples.jsonl.")
-
-
-class EvaluateConfig(Section):
-    """Compare models on held-out prompts: completions are generated once and judged pairwise."""
-
-    models: tuple[str, ...] = Field(
-        (), description="Stage names (base, sft, ppo) or model folders. Unset: every stage of this run, base first."
-    )
-    against: str | None = Field(
-        None, description="Compare each model with this one. Unset: each with the one before it."
-    )
-    reference: str | None = Field(None, description="KL is measured to this model. Unset: the one compared against.")
-    prompts: int = Field(500, ge=2, description="How many held-out prompts at most.")
-    max_new_tokens: int = Field(128, ge=1, description="Longest completion in tokens.")
-    temperature: float = Field(1.0, ge=0, description="Sampling temperature; 0 = greedy.")
-    top_k: int = Field(0, ge=0, description="Sample from the k likeliest tokens; 0 = all.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the smallest set holding this probability.")
-    gold_function: str | None = Field(
-        None,
-        description="`module:function` f(prompt, completion) -> float that judges. Unset: the reward model judges.",
-    )
-    reward_model: str | None = Field(None, description="Reward model folder. Unset: the reward stage of this recipe.")
-    tie_margin: float = Field(0.0, ge=0, description="Score differences up to this count as ties.")
-    micro_batch_tokens: int = Field(8192, ge=16, description="Tokens (padding included) per forward pass.")
-
-
-class Recipe(Section):
-    """A whole plan: model, data and one section a stage."""
-
-    name: str = Field("run", min_length=1, description="Name of the run.")
-    seed: int = Field(0, ge=0, description="Everything random follows from this.")
-    out: str | None = Field(None, description="Output folder. Unset: `runs/<name>`.")
-    threads: int | None = Field(None, ge=1, description="CPU threads. Unset: torch's choice.")
-    model: ModelConfig = Field(
-        default_factory=lambda: ModelConfig.model_validate({}), description="The model to start from."
-    )
-    data: DataConfig = Field(default_factory=lambda: DataConfig.model_validate({}), description="The data.")
-    sft: SFTConfig | None = Field(None, description="Supervised fine-tuning.")
-    reward: RewardConfig | None = Field(None, description="Reward model.")
-    ppo: PPOConfig | None = Field(None, description="PPO.")
-    evaluate: EvaluateConfig | None = Field(None, description="Evaluation.")

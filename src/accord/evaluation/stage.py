@@ -23,6 +23,7 @@ from accord.evaluation.compare import (
     reference_perplexity,
 )
 from accord.measures.statistics import cluster_interval
+from accord.methods.catalogue import POLICY_STAGES
 from accord.methods.context import (
     Context,
     LoadedPolicy,
@@ -34,7 +35,7 @@ from accord.methods.context import (
     weights_hash,
 )
 from accord.methods.corpus import Part, split_holdout
-from accord.methods.ppo_stage import function_scorer, model_scorer
+from accord.methods.roles import function_scorer, model_scorer
 from accord.models.load import load_reward_model
 from accord.records import Group, Interval, TokenGroup
 from accord.rewards.scorers import Scorer
@@ -44,7 +45,6 @@ from accord.training.runfolder import RunFolder
 
 __all__ = ["run_evaluate"]
 
-POLICY_STAGES = ("base", "sft", "ppo")
 SIDE_BY_SIDE = 12
 
 
@@ -103,7 +103,7 @@ def _models(context: Context, section: EvaluateConfig) -> dict[str, Path | str]:
     """Name -> folder of every model to evaluate, in order."""
     if not section.models:
         found: dict[str, Path | str | None] = {"base": base_folder(context)}
-        found |= {stage: stage_model(context, stage) for stage in POLICY_STAGES[1:]}
+        found |= {stage: stage_model(context, stage) for stage in POLICY_STAGES}
         return {name: folder for name, folder in found.items() if folder is not None}
     models: dict[str, Path | str] = {}
     for name in section.models:

@@ -1,39 +1,74 @@
 """Losses, advantages and KL estimators: pure functions of small tensors and a boolean mask (True = counts).
 
-Every mean takes an explicit normaliser (`num_tokens`, `num_groups`): the count over the whole optimizer step, so that
+Every mean takes an explicit normaliser (`num_tokens`, `num_pairs`, ...): the count over the whole optimizer step, so that
 gradients do not depend on how a step is split into micro-batches. Results are frozen records: `loss` to differentiate,
 and detached sums and counts that merge over micro-batches by addition.
 """
 
 from accord.losses.advantages import Advantages, gae, token_rewards
 from accord.losses.kl import adaptive_kl_coef, categorical_kl, kl_k1, kl_k2, kl_k3
-from accord.losses.masked import masked_mean, masked_sum, whiten
+from accord.losses.kto import UnpairedLoss, bco_loss, class_weights, kto_loss, kto_reference_point
+from accord.losses.masked import masked_mean, masked_sum, mean_logprobs, sequence_logprobs, whiten
+from accord.losses.orpo import OddsRatioLoss, orpo_loss
 from accord.losses.ppo import EntropyLoss, PolicyLoss, ValueLoss, entropy_loss, ppo_policy_loss, ppo_value_loss
+from accord.losses.preference import (
+    PreferenceLoss,
+    apo_down_loss,
+    apo_zero_loss,
+    conservative_dpo_loss,
+    cpo_loss,
+    dpo_loss,
+    hinge_loss,
+    ipo_loss,
+    rdpo_loss,
+    robust_dpo_loss,
+    simpo_loss,
+)
 from accord.losses.reward import RewardLoss, centring_penalty, pairwise_loss, ranked_loss
 from accord.losses.sft import SFTLoss, sft_loss
 
 __all__ = [
     "Advantages",
     "EntropyLoss",
+    "OddsRatioLoss",
     "PolicyLoss",
+    "PreferenceLoss",
     "RewardLoss",
     "SFTLoss",
+    "UnpairedLoss",
     "ValueLoss",
     "adaptive_kl_coef",
+    "apo_down_loss",
+    "apo_zero_loss",
+    "bco_loss",
     "categorical_kl",
     "centring_penalty",
+    "class_weights",
+    "conservative_dpo_loss",
+    "cpo_loss",
+    "dpo_loss",
     "entropy_loss",
     "gae",
+    "hinge_loss",
+    "ipo_loss",
     "kl_k1",
     "kl_k2",
     "kl_k3",
+    "kto_loss",
+    "kto_reference_point",
     "masked_mean",
     "masked_sum",
+    "mean_logprobs",
+    "orpo_loss",
     "pairwise_loss",
     "ppo_policy_loss",
     "ppo_value_loss",
     "ranked_loss",
+    "rdpo_loss",
+    "robust_dpo_loss",
+    "sequence_logprobs",
     "sft_loss",
+    "simpo_loss",
     "token_rewards",
     "whiten",
 ]

@@ -9,7 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["Count", "counted", "full_precision", "masked_mean", "masked_sum", "require_same_shape", "whiten"]
+__all__ = [
+    "Count",
+    "counted",
+    "full_precision",
+    "masked_mean",
+    "masked_sum",
+    "mean_logprobs",
+    "require_same_shape",
+    "sequence_logprobs",
+    "whiten",
+]
 
 Count = int | float | Tensor
 """A normaliser: how many entries the WHOLE optimizer step averages over."""
@@ -60,6 +70,26 @@ def masked_mean(x: Tensor, mask: Tensor, count: Count | None = None) -> Tensor:
     total = masked_sum(x, mask)
     count = torch.as_tensor(mask.sum() if count is None else count, device=total.device, dtype=total.dtype)
     return total / count.clamp_min(1)
+
+
+def sequence_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Log-probability of each completion: the sum over its counted tokens, nats. A completion without any has 0.
+
+    Shapes: logprobs (C, T) float, nats; mask (C, T) bool, True = counts -> (C,), in float32 at least.
+    Raises: ValueError on shapes that differ.
+    Tested by: tests/golden/test_golden_preference.py, tests/property/test_losses_preference.py
+    """
+    return counted(logprobs, mask).sum(dim=1)
+
+
+def mean_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Log-probability per counted token of each completion, nats. A completion without any has 0, not NaN.
+
+    Shapes: logprobs (C, T) float, nats; mask (C, T) bool, True = counts -> (C,), in float32 at least.
+    Raises: ValueError on shapes that differ.
+    Tested by: tests/golden/test_golden_preference.py, tests/property/test_losses_preference.py
+    """
+    return sequence_logprobs(logprobs, mask) / mask.sum(dim=1).clamp_min(1)
 
 
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:

@@ -10,21 +10,17 @@ import yaml
 
 from accord import __version__
 from accord.config import Recipe
+from accord.methods.catalogue import STAGES
 
 __all__ = ["model_card"]
-
-TITLES = {
-    "sft": ("Supervised fine-tuned model", "text-generation"),
-    "reward": ("Reward model", "text-classification"),
-    "ppo": ("Policy trained with PPO", "text-generation"),
-}
 
 
 def model_card(
     recipe: Recipe, stage: str, start: Path | str, sources: Mapping[str, str], summary: Mapping[str, Any]
 ) -> str:
     """What a reader of the folder should know: where the model comes from, how it was made, what was measured."""
-    title, pipeline = TITLES[stage]
+    title = STAGES[stage].title
+    pipeline = "text-classification" if STAGES[stage].leaves == "scorer" else "text-generation"
     header = yaml.safe_dump(
         {"library_name": "transformers", "pipeline_tag": pipeline, "tags": ["accord", "rlhf", stage]}
     )

@@ -62,6 +62,18 @@ class Corpus:
             raise DataError("no comparisons: set `data.preferences` to a file of pairs, rankings or ratings")
         return _converted(self.preferences, "ranked")
 
+    def pairs(self) -> Part:
+        """For DPO and ORPO: groups of a chosen and a rejected answer."""
+        if not self.preferences.groups:
+            raise DataError("no comparisons: set `data.preferences` to a file of pairs, rankings or ratings")
+        return _converted(self.preferences, "pairs")
+
+    def ratings(self) -> Part:
+        """For KTO and ILQL: answers that are marked good or bad, or scored."""
+        if not self.preferences.groups:
+            raise DataError("no ratings: set `data.preferences` to a file of marked or scored answers, or of pairs")
+        return _converted(self.preferences, "rated")
+
     def all_prompts(self) -> Part:
         """For PPO: distinct prompts of `data.prompts`, else of `data.preferences`, else of `data.sft`."""
         for part, name in ((self.prompts, ""), (self.preferences, "data.preferences"), (self.sft, "data.sft")):

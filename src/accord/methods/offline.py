@@ -7,20 +7,33 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from accord.config import OptimiserFields
 from accord.data.order import batch_indices, epochs_done, micro_batches, num_steps
 from accord.models.layout import CompletionBatch, Layout, collate
+from accord.models.token_scores import score_tokens
 from accord.records import TokenGroup
 from accord.training.loop import Captured, StepOutcome
 from accord.training.optim import Optimiser, learning_rate_at
 
-__all__ = ["Objective", "OfflineTrainer", "Schedule", "group_passes", "peak_memory_mb"]
+__all__ = [
+    "Memory",
+    "Objective",
+    "OfflineTrainer",
+    "PolicyLogprobs",
+    "Schedule",
+    "group_passes",
+    "peak_memory_mb",
+    "sequence_logprobs",
+]
 
 Item = TypeVar("Item")
 ItemIn = TypeVar("ItemIn", contravariant=True)
 Sums = dict[str, float]
+PolicyLogprobs = Callable[[Sequence[TokenGroup]], Tensor]
+"""(C,) log-probability of every completion's counted tokens, summed, under the policy as it is; without gradient."""
 
 
 class Schedule(Protocol):
@@ -33,23 +46,34 @@ class Schedule(Protocol):
 
 
 class Objective(Protocol[ItemIn]):
-    """What makes a method: which tokens an item has, what a step is averaged over, and the loss of a micro-batch."""
+    """What makes a method: which tokens an item has, what a whole step knows, and the loss of a micro-batch."""
 
     def tokens(self, item: ItemIn) -> TokenGroup: ...
 
-    def normaliser(self, items: Sequence[ItemIn]) -> float:
-        """What the whole optimiser step divides by: tokens or groups."""
+    def begin(self, items: Sequence[ItemIn], logprobs: PolicyLogprobs) -> Any:
+        """What the whole optimiser step has in common and its micro-batches need: the count its loss is divided by, and
+        whatever must be known of all items before the first gradient."""
         ...
 
-    def loss(
-        self, model: Any, items: Sequence[ItemIn], batch: CompletionBatch, normaliser: float
-    ) -> tuple[Tensor, Sums]:
-        """The loss to differentiate, and sums that add up over micro-batches."""
+    def loss(self, model: Any, items: Sequence[ItemIn], batch: CompletionBatch, step: Any) -> tuple[Tensor, Sums]:
+        """The loss to differentiate, and sums that add up over micro-batches. `step` is what `begin` returned."""
         ...
 
     def metrics(self, sums: Sums) -> dict[str, float]:
         """The step's metrics from the added-up sums."""
         ...
+
+
+class Memory(Protocol):
+    """What a method remembers from step to step besides the model and its optimiser."""
+
+    def after_update(self, step: int) -> None: ...
+
+    def values(self) -> dict[str, Any]:
+        """JSON values for the checkpoint."""
+        ...
+
+    def restore(self, values: dict[str, Any]) -> None: ...
 
 
 class OfflineTrainer(Generic[Item]):
@@ -68,6 +92,7 @@ class OfflineTrainer(Generic[Item]):
         pad_id: int,
         seed: int,
         evaluate: Callable[[], Mapping[str, float]],
+        memory: Memory | None = None,
     ) -> None:
         self.stage = stage
         self.checkpoint_every, self.keep_checkpoints = section.checkpoint_every, section.keep_checkpoints
@@ -75,7 +100,7 @@ class OfflineTrainer(Generic[Item]):
         self._model, self._items, self._section, self._schedule = model, items, section, schedule
         self._objective, self._pad_id, self._seed = objective, pad_id, seed
         self._layout: Layout = layout
-        self._evaluate = evaluate
+        self._evaluate, self._memory = evaluate, memory
         self._optimiser = Optimiser(model, section)
         self._tokens = self._sequences = 0
 
@@ -84,13 +109,13 @@ class OfflineTrainer(Generic[Item]):
         started = time.monotonic()
         size = self._schedule.batch_size
         batch_items = [self._items[i] for i in batch_indices(step, len(self._items), size, self._seed, self.stage)]
-        normaliser = self._objective.normaliser(batch_items)
+        begun = self._objective.begin(batch_items, self._policy_logprobs)
         sums: Sums = {}
         tokens = 0
         for items in group_passes(batch_items, self._objective.tokens, self._layout, self._section.micro_batch_tokens):
             groups = [self._objective.tokens(item) for item in items]
             batch = collate(groups, layout=self._layout, pad_id=self._pad_id)
-            loss, part = self._objective.loss(self._model, items, batch, normaliser)
+            loss, part = self._objective.loss(self._model, items, batch, begun)
             loss.backward()
             for name, value in part.items():
                 sums[name] = sums.get(name, 0.0) + value
@@ -99,6 +124,8 @@ class OfflineTrainer(Generic[Item]):
             self._sequences += len(batch.row_index)
         rate = learning_rate_at(step, self.total_steps, self._section.learning_rate, self._section)
         update = self._optimiser.update(rate)
+        if self._memory is not None:
+            self._memory.after_update(step)
         metrics = self._objective.metrics(sums) | {
             "train/grad_norm": update.grad_norm,
             "train/learning_rate": rate,
@@ -118,13 +145,39 @@ class OfflineTrainer(Generic[Item]):
     def capture(self) -> Captured:
         return Captured(
             {"model": dict(self._model.state_dict()), "optimiser": self._optimiser.tensors()},
-            {"optimiser": self._optimiser.counters(), "tokens": self._tokens, "sequences": self._sequences},
+            {
+                "optimiser": self._optimiser.counters(),
+                "tokens": self._tokens,
+                "sequences": self._sequences,
+                "memory": None if self._memory is None else self._memory.values(),
+            },
         )
 
     def restore(self, captured: Captured) -> None:
         self._model.load_state_dict(captured.tensors["model"])
         self._optimiser.restore(captured.tensors["optimiser"], captured.values["optimiser"])
         self._tokens, self._sequences = captured.values["tokens"], captured.values["sequences"]
+        if self._memory is not None:
+            self._memory.restore(captured.values["memory"])
+
+    def _policy_logprobs(self, groups: Sequence[TokenGroup]) -> Tensor:
+        return sequence_logprobs(
+            self._model, groups, layout=self._layout, pad_id=self._pad_id, budget=self._section.micro_batch_tokens
+        )
+
+
+def sequence_logprobs(model: Any, groups: Sequence[TokenGroup], *, layout: Layout, pad_id: int, budget: int) -> Tensor:
+    """(C,) log-probability of every completion's counted tokens, summed, in the groups' order; without gradient."""
+    first = [0]
+    for group in groups:
+        first.append(first[-1] + len(group.completions))
+    result = torch.zeros(first[-1])
+    for indices in group_passes(range(len(groups)), lambda i: groups[i], layout, budget):
+        batch = collate([groups[i] for i in indices], layout=layout, pad_id=pad_id)
+        with torch.no_grad():
+            sums = score_tokens(model, batch, mask="loss").logprobs.sum(1)
+        result[[row for i in indices for row in range(first[i], first[i + 1])]] = sums.to(result.dtype)
+    return result
 
 
 def group_passes(

@@ -10,24 +10,24 @@ from pathlib import Path
 
 from rich.table import Table
 
-from accord.config import Recipe, ScratchConfig
+from accord.config import OfflineFields, Recipe, RFTConfig, RolloutFields, ScratchConfig
 from accord.data.order import num_steps
 from accord.errors import ConfigError, DataError
-from accord.methods.corpus import Corpus, split_holdout
+from accord.methods.catalogue import STAGES
+from accord.methods.corpus import Corpus, Part, split_holdout
 from accord.models.paths import check_model_path
 
-__all__ = ["STAGE_NAMES", "check_sizes", "num_parameters", "plan_table", "stages_of"]
+__all__ = ["check_sizes", "num_parameters", "plan_table", "stages_of"]
 
-STAGE_NAMES = ("sft", "reward", "ppo", "evaluate")
 # fp32 bytes for each parameter: weights, gradient and AdamW's two moments while training; weights alone while frozen.
 TRAINED, FROZEN = 16, 4
 
 
 def stages_of(recipe: Recipe) -> list[str]:
     """The stages a recipe has, in the order they run. Raises ConfigError when there is none."""
-    stages = [name for name in STAGE_NAMES if getattr(recipe, name) is not None]
+    stages = [name for name in STAGES if getattr(recipe, name) is not None]
     if not stages:
-        raise ConfigError(f"the recipe has no stage: add a section, one of {', '.join(STAGE_NAMES)}")
+        raise ConfigError(f"the recipe has no stage: add a section, one of {', '.join(STAGES)}")
     return stages
 
 
@@ -52,7 +52,7 @@ def plan_table(recipe: Recipe, corpus: Corpus, stages: list[str]) -> Table:
     table = Table("stage", "data", "steps", "models in memory", "weights and optimiser, fp32")
     for stage in stages:
         data, steps = _sizes(recipe, corpus, stage)
-        trained, frozen = {"sft": (1, 0), "reward": (1, 0), "ppo": (2, 2), "evaluate": (0, 2)}[stage]
+        trained, frozen = STAGES[stage].trained, STAGES[stage].frozen
         memory = f"{parameters * (trained * TRAINED + frozen * FROZEN) / 1e6:,.0f} MB" if parameters else "unknown"
         table.add_row(stage, data, steps, f"{trained} trained, {frozen} frozen", memory)
     table.caption = (
@@ -68,36 +68,48 @@ def check_sizes(recipe: Recipe, corpus: Corpus, stages: list[str]) -> None:
 
 
 def _sizes(recipe: Recipe, corpus: Corpus, stage: str) -> tuple[str, str]:
-    holdout = recipe.data.holdout
-    if stage in ("sft", "reward"):
-        part = corpus.demonstrations() if stage == "sft" else corpus.comparisons()
-        train, held_out = split_holdout(part.groups, holdout)
-        if not train:
-            raise DataError(f"the {stage} stage has nothing to train on: all {len(held_out)} groups are held out")
-        section = recipe.sft if stage == "sft" else recipe.reward
-        assert section is not None
-        steps = num_steps(len(train), section.batch_size, section.epochs, section.max_steps)
-        what = "demonstrations" if stage == "sft" else "comparisons"
-        return f"{len(train):,} {what}, {len(held_out):,} held out", f"{steps:,} of {section.batch_size}"
-    prompts = corpus.evaluation_prompts() if stage == "evaluate" else None
-    if prompts is not None:
-        return f"{len(prompts.groups):,} prompts", "-"
-    train, held_out = split_holdout(corpus.all_prompts().groups, holdout)
+    section = getattr(recipe, stage)
+    if isinstance(section, OfflineFields):
+        return _offline_sizes(_part(corpus, STAGES[stage].data), section, stage, recipe.data.holdout)
     if stage == "evaluate":
-        if len(held_out) < 2:
-            raise ConfigError(
-                f"{len(held_out)} held-out prompts are too few to evaluate on: raise `data.holdout` (now {holdout}) "
-                "or set `data.evaluation`"
-            )
-        return f"{len(held_out):,} held-out prompts", "-"
-    ppo = recipe.ppo
-    assert ppo is not None
-    per_step = ppo.prompts_per_step * ppo.samples_per_prompt
-    steps = math.ceil(ppo.episodes / per_step)
-    return (
-        f"{len(train):,} prompts",
-        f"{steps:,} rollouts of {per_step}, {ppo.update_epochs * ppo.minibatches} updates each",
-    )
+        return _evaluation_sizes(corpus, recipe.data.holdout), "-"
+    train, _ = split_holdout(corpus.all_prompts().groups, recipe.data.holdout)
+    if isinstance(section, RolloutFields):
+        per_step = section.prompts_per_step * section.samples_per_prompt
+        updates = section.update_epochs * section.minibatches
+        steps = f"{math.ceil(section.episodes / per_step):,} rollouts of {per_step}, {updates} updates each"
+    elif isinstance(section, RFTConfig):
+        prompts = min(len(train), section.prompts_per_cycle or len(train))
+        steps = f"{section.cycles} x {section.improve_steps} of {prompts * section.samples_per_prompt:,} completions"
+    else:
+        steps = f"{section.n} completions a prompt"
+    return f"{len(train):,} prompts", steps
+
+
+def _part(corpus: Corpus, data: str) -> Part:
+    parts = {"demonstrations": corpus.demonstrations, "comparisons": corpus.comparisons, "pairs": corpus.pairs}
+    return parts.get(data, corpus.ratings)()
+
+
+def _offline_sizes(part: Part, section: OfflineFields, stage: str, holdout: float) -> tuple[str, str]:
+    train, held_out = split_holdout(part.groups, holdout)
+    if not train:
+        raise DataError(f"the {stage} stage has nothing to train on: all {len(held_out)} groups are held out")
+    steps = num_steps(len(train), section.batch_size, section.epochs, section.max_steps)
+    return f"{len(train):,} {STAGES[stage].data}, {len(held_out):,} held out", f"{steps:,} of {section.batch_size}"
+
+
+def _evaluation_sizes(corpus: Corpus, holdout: float) -> str:
+    prompts = corpus.evaluation_prompts()
+    if prompts is not None:
+        return f"{len(prompts.groups):,} prompts"
+    _, held_out = split_holdout(corpus.all_prompts().groups, holdout)
+    if len(held_out) < 2:
+        raise ConfigError(
+            f"{len(held_out)} held-out prompts are too few to evaluate on: raise `data.holdout` (now {holdout}) or set "
+            "`data.evaluation`"
+        )
+    return f"{len(held_out):,} held-out prompts"
 
 
 def _tensor_sizes(file: Path) -> int:

@@ -19,27 +19,20 @@ import torch
 from torch import Tensor
 
 from accord.config import PPOConfig
-from accord.data.order import batch_indices
 from accord.losses.advantages import gae, token_rewards
 from accord.losses.kl import adaptive_kl_coef, kl_k1
 from accord.losses.masked import masked_mean, whiten
 from accord.losses.ppo import entropy_loss, ppo_policy_loss, ppo_value_loss
-from accord.measures.text import distinct_n, repetition
 from accord.methods.offline import group_passes, peak_memory_mb
-from accord.methods.rollouts import Rollout, RolloutModels, collect
+from accord.methods.online import prompt_indices, rollout_metrics, samples_of, shaped_scores
+from accord.methods.rollouts import Prompt, Rollout, RolloutModels, collect, per_token
 from accord.models.layout import collate
 from accord.models.token_scores import score_tokens, score_values
 from accord.randomness import permutation
-from accord.records import Group, TokenGroup
 from accord.training.loop import Captured, StepOutcome
 from accord.training.optim import Optimiser, learning_rate_at
 
 __all__ = ["PPOTrainer"]
-
-RATIO_TOLERANCE = 1e-5
-SAMPLES_KEPT = 4
-
-Prompt = tuple[Group, TokenGroup]
 
 
 class PPOTrainer:
@@ -47,40 +40,45 @@ class PPOTrainer:
 
     stage = "ppo"
 
-    def __init__(self, models: RolloutModels, prompts: Sequence[Prompt], section: PPOConfig, seed: int) -> None:
+    def __init__(
+        self, models: RolloutModels, value: Any, prompts: Sequence[Prompt], section: PPOConfig, seed: int
+    ) -> None:
         self.checkpoint_every, self.keep_checkpoints = section.checkpoint_every, section.keep_checkpoints
         self.episodes_per_step = section.prompts_per_step * section.samples_per_prompt
         self.total_steps = -(-section.episodes // self.episodes_per_step)
         self.drift: float = 0.0  # the largest |ratio - 1| seen before any update of a rollout
-        self._models, self._prompts, self._section, self._seed = models, prompts, section, seed
+        self._models, self._value, self._prompts, self._section, self._seed = models, value, prompts, section, seed
         self._policy_optimiser = Optimiser(models.policy, section)
-        self._value_optimiser = Optimiser(models.value, section)
+        self._value_optimiser = Optimiser(value, section)
         self._kl_coef = section.kl_coef
 
     def step(self, step: int) -> StepOutcome:
         """Generate, score, compute advantages, then update over several shuffled passes."""
         section = self._section
-        prompts = [self._prompts[i] for i in self._prompt_indices(step)]
+        prompts = [self._prompts[i] for i in prompt_indices(step, section, len(self._prompts), self._seed, "ppo")]
         rollout = collect(self._models, prompts, section, ("ppo", self._seed, step))
+        scored = time.monotonic()
+        values = self._values(rollout)
+        score_seconds = rollout.score_seconds + time.monotonic() - scored
         kl = kl_k1(rollout.old_logprobs, rollout.ref_logprobs)
-        scores = _shaped(rollout, section)
-        rewards = token_rewards(scores, self._kl_coef * kl, rollout.mask)
-        result = gae(rewards, rollout.values, rollout.mask, gamma=section.gamma, gae_lambda=section.gae_lambda)
+        rewards = token_rewards(shaped_scores(rollout, section), self._kl_coef * kl, rollout.mask)
+        result = gae(rewards, values, rollout.mask, gamma=section.gamma, gae_lambda=section.gae_lambda)
         advantages = whiten(result.advantages, rollout.mask) if section.whiten_advantages else result.advantages
         started = time.monotonic()
-        update = self._update(step, rollout, advantages, result.returns)
+        update = self._update(step, rollout, values, advantages, result.returns)
         seconds = time.monotonic() - started
+        tokens = float(rollout.mask.sum())
         metrics = {
-            **_rollout_metrics(rollout, kl, rewards),
-            **_signal_metrics(rollout, result.advantages, result.returns),
+            **rollout_metrics(rollout, kl, rewards.sum(1)),
+            **_signal_metrics(rollout.mask, values, result.advantages, result.returns),
             **update,
             "train/kl_coef": self._kl_coef,
             "rollout/prompts": step * section.prompts_per_step,
             "rollout/samples": step * self.episodes_per_step,
             "time/generate_seconds": rollout.generate_seconds,
-            "time/score_seconds": rollout.score_seconds,
+            "time/score_seconds": score_seconds,
             "time/update_seconds": seconds,
-            "system/tokens_per_second": float(rollout.mask.sum()) / (rollout.seconds + seconds),
+            "system/tokens_per_second": tokens / (rollout.generate_seconds + score_seconds + seconds),
             "system/peak_memory_mb": peak_memory_mb(),
         }
         if section.kl_controller == "adaptive" and section.target_kl is not None:
@@ -93,13 +91,13 @@ class PPOTrainer:
             )
         status = f"score {metrics['rollout/score/mean']:+.2f}  KL {metrics['rollout/kl_per_sequence_nats']:.2f}"
         due = step == 1 or step % section.samples_every == 0 or step == self.total_steps
-        return StepOutcome(metrics, status, _samples(rollout) if due else ())
+        return StepOutcome(metrics, status, samples_of(rollout) if due else ())
 
     def capture(self) -> Captured:
         return Captured(
             {
                 "policy": dict(self._models.policy.state_dict()),
-                "value": dict(self._models.value.state_dict()),
+                "value": dict(self._value.state_dict()),
                 "policy_optimiser": self._policy_optimiser.tensors(),
                 "value_optimiser": self._value_optimiser.tensors(),
             },
@@ -114,18 +112,21 @@ class PPOTrainer:
     def restore(self, captured: Captured) -> None:
         tensors, values = captured.tensors, captured.values
         self._models.policy.load_state_dict(tensors["policy"])
-        self._models.value.load_state_dict(tensors["value"])
+        self._value.load_state_dict(tensors["value"])
         self._policy_optimiser.restore(tensors["policy_optimiser"], values["policy_optimiser"])
         self._value_optimiser.restore(tensors["value_optimiser"], values["value_optimiser"])
         self._kl_coef, self.drift = values["kl_coef"], values["drift"]
 
-    def _prompt_indices(self, step: int) -> list[int]:
-        """The step's prompts: whole passes through a shuffled list, continuing into the next pass where one ends."""
-        size, count = self._section.prompts_per_step, len(self._prompts)
-        positions = range((step - 1) * size, step * size)
-        return [batch_indices(p + 1, count, 1, self._seed, "ppo")[0] for p in positions]
+    def _values(self, rollout: Rollout) -> Tensor:
+        """(C, T) the value model's V before each token."""
+        return per_token(
+            rollout.groups, self._models, self._section.micro_batch_tokens, rollout.mask.shape[1],
+            lambda batch: score_values(self._value, batch),
+        )  # fmt: skip
 
-    def _update(self, step: int, rollout: Rollout, advantages: Tensor, returns: Tensor) -> dict[str, float]:
+    def _update(
+        self, step: int, rollout: Rollout, values: Tensor, advantages: Tensor, returns: Tensor
+    ) -> dict[str, float]:
         section = self._section
         peak_value = section.value_learning_rate if section.value_learning_rate is not None else section.learning_rate
         rates = [
@@ -137,7 +138,7 @@ class PPOTrainer:
             order = permutation(len(rollout.groups), "ppo-update", self._seed, step, epoch)
             for part in range(section.minibatches):
                 groups = order[part :: section.minibatches]
-                sums = self._accumulate(rollout, groups, advantages, returns)
+                sums = self._accumulate(rollout, groups, values, advantages, returns)
                 deviation = sums.pop("ratio_deviation")
                 if epoch == 0 and part == 0:
                     self.drift = max(self.drift, deviation)
@@ -167,7 +168,9 @@ class PPOTrainer:
             "train/skipped_updates": self._policy_optimiser.skipped + self._value_optimiser.skipped,
         }
 
-    def _accumulate(self, rollout: Rollout, groups: list[int], advantages: Tensor, returns: Tensor) -> dict[str, float]:
+    def _accumulate(
+        self, rollout: Rollout, groups: list[int], values: Tensor, advantages: Tensor, returns: Tensor
+    ) -> dict[str, float]:
         """Gradients of one minibatch, whatever number of passes it takes; sums over its tokens."""
         section, models = self._section, self._models
         n = section.samples_per_prompt
@@ -186,7 +189,7 @@ class PPOTrainer:
             entropy = entropy_loss(scores.entropies, mask, num_tokens=count)
             (policy.loss + section.entropy_coef * entropy.loss).backward()
             value = ppo_value_loss(
-                score_values(models.value, batch), rollout.values[rows, :width], returns[rows, :width], mask,
+                score_values(self._value, batch), values[rows, :width], returns[rows, :width], mask,
                 value_clip_range=section.value_clip_range, num_tokens=count,
             )  # fmt: skip
             value.loss.backward()
@@ -202,44 +205,12 @@ class PPOTrainer:
         return sums
 
 
-def _shaped(rollout: Rollout, section: PPOConfig) -> Tensor:
-    """(C,) scores as the reward takes them: clipped, then less the penalty for not ending."""
-    scores = (
-        rollout.scores if section.score_clip is None else rollout.scores.clamp(-section.score_clip, section.score_clip)
-    )
-    return scores - section.missing_eos_penalty * (~rollout.finished)
-
-
-def _rollout_metrics(rollout: Rollout, kl: Tensor, rewards: Tensor) -> dict[str, float]:
-    mask, texts = rollout.mask, [r.completion for r in rollout.requests]
-    lengths = mask.sum(1).float()
-    metrics = {
-        "rollout/score/mean": float(rollout.scores.mean()),
-        "rollout/score/std": float(rollout.scores.std(unbiased=False)),
-        "rollout/reward/mean": float(rewards.sum(1).mean()),
-        "rollout/kl_per_sequence_nats": float((kl * mask).sum(1).mean()),
-        "rollout/kl_per_token_nats": float(masked_mean(kl, mask)),
-        "rollout/sampler_deviation": rollout.sampler_deviation,
-        "rollout/entropy_nats": -float(masked_mean(rollout.old_logprobs, mask)),
-        "rollout/completion_tokens/mean": float(lengths.mean()),
-        "rollout/finished_fraction": float(rollout.finished.float().mean()),
-        "rollout/truncated_fraction": float((~rollout.finished).float().mean()),
-        "rollout/repetition": sum(repetition(text) for text in texts) / len(texts),
-        "rollout/distinct_2": distinct_n(texts, 2),
-    }
-    if rollout.gold is not None:
-        metrics["rollout/gold_utility/mean"] = float(rollout.gold.mean())
-        metrics["rollout/gold_utility/std"] = float(rollout.gold.std(unbiased=False))
-    return metrics
-
-
-def _signal_metrics(rollout: Rollout, advantages: Tensor, returns: Tensor) -> dict[str, float]:
+def _signal_metrics(mask: Tensor, values: Tensor, advantages: Tensor, returns: Tensor) -> dict[str, float]:
     """How strong the learning signal is, and how much of it the value model explains. Before whitening."""
-    mask = rollout.mask
     mean = float(masked_mean(advantages, mask))
     return_mean = masked_mean(returns, mask)
     variance = float(masked_mean((returns - return_mean).square(), mask))
-    error = returns - rollout.values
+    error = returns - values
     unexplained = float(masked_mean((error - masked_mean(error, mask)).square(), mask))
     return {
         "train/advantage_mean": mean,
@@ -247,18 +218,3 @@ def _signal_metrics(rollout: Rollout, advantages: Tensor, returns: Tensor) -> di
         "train/return_mean": float(return_mean),
         "train/explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
     }
-
-
-def _samples(rollout: Rollout) -> tuple[dict[str, Any], ...]:
-    n = len(rollout.requests) // len(rollout.groups)
-    rows = range(0, len(rollout.requests), n)[:SAMPLES_KEPT]
-    return tuple(
-        {
-            "prompt": "\n".join(m.content for m in rollout.requests[i].prompt),
-            "completion": rollout.requests[i].completion,
-            "score": float(rollout.scores[i]),
-            "finished": bool(rollout.finished[i]),
-            **({} if rollout.gold is None else {"gold": float(rollout.gold[i])}),
-        }
-        for i in rows
-    )

@@ -33,7 +33,7 @@ from accord.methods.context import (
     weights_hash,
 )
 from accord.methods.corpus import split_holdout
-from accord.methods.offline import OfflineTrainer, Sums, group_passes
+from accord.methods.offline import OfflineTrainer, PolicyLogprobs, Sums, group_passes
 from accord.models.heads import shift_scores
 from accord.models.layout import CompletionBatch, Layout, collate
 from accord.models.load import reward_model_from, save_model
@@ -69,12 +69,10 @@ class RewardObjective:
     def tokens(self, item: Comparison) -> TokenGroup:
         return item.tokens
 
-    def normaliser(self, items: Sequence[Comparison]) -> float:
+    def begin(self, items: Sequence[Comparison], logprobs: PolicyLogprobs) -> float:
         return len(items)
 
-    def loss(
-        self, model: Any, items: Sequence[Comparison], batch: CompletionBatch, normaliser: float
-    ) -> tuple[Tensor, Sums]:
+    def loss(self, model: Any, items: Sequence[Comparison], batch: CompletionBatch, step: float) -> tuple[Tensor, Sums]:
         scores = score_completions(model, batch)
         result = ranked_loss(
             scores,
@@ -82,11 +80,11 @@ class RewardObjective:
             batch.group_index,
             margins=torch.tensor([item.margin for item in items]),
             soft_labels=torch.tensor([item.soft_label for item in items]),
-            num_groups=normaliser,
+            num_groups=step,
         )
         loss = result.loss
         if self._centring_coef:
-            loss = loss + self._centring_coef * centring_penalty(scores, batch.group_index, num_groups=normaliser)
+            loss = loss + self._centring_coef * centring_penalty(scores, batch.group_index, num_groups=step)
         sums = {
             "log_loss": float(result.log_loss_sum),
             "groups": float(result.group_count),

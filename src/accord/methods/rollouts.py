@@ -1,4 +1,4 @@
-"""One rollout: completions of a step's prompts, their scores, and the log-probabilities and values PPO needs."""
+"""One rollout: completions of a step's prompts, their scores, and the log-probabilities every online method needs."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accord.config import PPOConfig
+from accord.config import RolloutFields
 from accord.data.templates import Template
 from accord.methods.offline import group_passes
 from accord.models.layout import CompletionBatch, Layout, collate
-from accord.models.token_scores import score_tokens, score_values
+from accord.models.token_scores import score_tokens
 from accord.records import Group, SampledCompletion, ScoreRequest, TokenCompletion, TokenGroup
 from accord.rewards.scorers import Scorer, values_of
 from accord.rollout.native import PromptTokens, Sampler
 from accord.rollout.sampling import Sampling
 
-__all__ = ["Rollout", "collect", "padded", "per_token"]
+__all__ = ["Prompt", "Rollout", "RolloutModels", "collect", "padded", "per_token"]
+
+Prompt = tuple[Group, TokenGroup]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class Rollout:
     scores        (C,) what the scorer said; gold (C,) what the hidden truth says, None without one
     finished      (C,) bool, ended by a stop token
     mask          (C, T) bool
-    old_logprobs, ref_logprobs  (C, T) nats; values (C, T), V before each token
+    old_logprobs, ref_logprobs  (C, T) nats
     sampler_deviation  largest |p_sampler / p_old - 1| of a token: 0 when the old ones are the sampler's
     """
 
@@ -45,7 +47,6 @@ class Rollout:
     old_logprobs: Tensor
     sampler_deviation: float
     ref_logprobs: Tensor
-    values: Tensor
     generate_seconds: float
     score_seconds: float
 
@@ -60,7 +61,6 @@ class RolloutModels:
 
     policy: Any
     reference: Any
-    value: Any
     sampler: Sampler
     template: Template
     scorer: Scorer
@@ -69,9 +69,9 @@ class RolloutModels:
 
 
 def collect(
-    models: RolloutModels, prompts: Sequence[tuple[Group, TokenGroup]], section: PPOConfig, key: tuple[int | str, ...]
+    models: RolloutModels, prompts: Sequence[Prompt], section: RolloutFields, key: tuple[int | str, ...]
 ) -> Rollout:
-    """Sample, score, and run reference and value model once over everything."""
+    """Sample, score, and run the reference once over everything."""
     started = time.monotonic()
     sampling = Sampling(section.max_new_tokens, section.temperature, stop_ids=models.template.stop_ids)
     requests_for = [PromptTokens(tokens.prompt_ids, tokens.prompt_id) for _, tokens in prompts]
@@ -104,9 +104,6 @@ def collect(
         old_logprobs=old,
         sampler_deviation=float(((sampled_logprobs - old).exp() - 1).abs().max()),
         ref_logprobs=logprobs(models.reference),
-        values=per_token(
-            groups, models, section.micro_batch_tokens, mask.shape[1], lambda batch: score_values(models.value, batch)
-        ),
         generate_seconds=generated - started,
         score_seconds=time.monotonic() - generated,
     )

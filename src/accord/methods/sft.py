@@ -28,7 +28,7 @@ from accord.methods.context import (
     weights_hash,
 )
 from accord.methods.corpus import split_holdout
-from accord.methods.offline import OfflineTrainer, Sums, group_passes
+from accord.methods.offline import OfflineTrainer, PolicyLogprobs, Sums, group_passes
 from accord.models.layout import CompletionBatch, Layout, collate
 from accord.models.token_scores import score_tokens
 from accord.records import TokenGroup
@@ -44,14 +44,12 @@ class SFTObjective:
     def tokens(self, item: TokenGroup) -> TokenGroup:
         return item
 
-    def normaliser(self, items: Sequence[TokenGroup]) -> float:
+    def begin(self, items: Sequence[TokenGroup], logprobs: PolicyLogprobs) -> float:
         return sum(sum(c.mask) for group in items for c in group.completions)
 
-    def loss(
-        self, model: Any, items: Sequence[TokenGroup], batch: CompletionBatch, normaliser: float
-    ) -> tuple[Tensor, Sums]:
+    def loss(self, model: Any, items: Sequence[TokenGroup], batch: CompletionBatch, step: float) -> tuple[Tensor, Sums]:
         logprobs = score_tokens(model, batch, mask="loss").logprobs
-        result = sft_loss(logprobs, batch.completion_mask, num_tokens=normaliser)
+        result = sft_loss(logprobs, batch.completion_mask, num_tokens=step)
         return result.loss, {"nll": float(result.nll_sum), "tokens": float(result.token_count)}
 
     def metrics(self, sums: Sums) -> dict[str, float]:

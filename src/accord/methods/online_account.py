@@ -1,0 +1,69 @@
+"""The account of an online run, for its summary and report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+from accord.config import RolloutFields
+from accord.methods.context import headline
+from accord.methods.online import RATIO_TOLERANCE
+from accord.report.reading import Points, read_run
+from accord.training.runfolder import RunFolder
+
+__all__ = ["online_summary"]
+
+
+class Online(Protocol):
+    """What the account needs of an online trainer."""
+
+    total_steps: int
+    episodes_per_step: int
+    drift: float
+
+
+def online_summary(run: RunFolder, trainer: Online, section: RolloutFields, scorer: str) -> dict[str, Any]:
+    rows = read_run(run.path).metrics
+    first, last = _end_mean(rows, -1), _end_mean(rows, 1)
+    kl = last["rollout/kl_per_sequence_nats"]
+    account = [
+        f"The policy wrote {trainer.total_steps * trainer.episodes_per_step:,} answers, scored by {scorer}. The mean "
+        f"score went from {first['rollout/score/mean']:+.2f} to {last['rollout/score/mean']:+.2f}, at a distance of "
+        f"{kl:.2f} nats per answer from the model it started from (KL, k1 estimator; first and last tenth of the run).",
+        f"Answers went from {first['rollout/completion_tokens/mean']:.1f} to "
+        f"{last['rollout/completion_tokens/mean']:.1f} tokens; {last['rollout/finished_fraction']:.1%} ended by "
+        f"themselves.",
+    ]
+    if "rollout/gold_utility/mean" in last:
+        account.append(
+            f"The true utility, which training never saw, went from {first['rollout/gold_utility/mean']:+.2f} to "
+            f"{last['rollout/gold_utility/mean']:+.2f}."
+        )
+    warnings = []
+    if trainer.drift > RATIO_TOLERANCE:
+        advice = (
+            "Set ppo.old_logprobs=recompute."
+            if section.old_logprobs == "sampler"
+            else "The model is not deterministic."
+        )
+        warnings.append(
+            f"Before any update of a rollout the probability ratio was off 1 by up to {trainer.drift:.1e}, expected at "
+            f"most {RATIO_TOLERANCE:.0e}. {advice}"
+        )
+    names = [
+        "rollout/score/mean",
+        "rollout/kl_per_sequence_nats",
+        "rollout/completion_tokens/mean",
+        "rollout/entropy_nats",
+    ]
+    return {"headline": [headline(name, last[name]) for name in names], "account": account, "warnings": warnings}
+
+
+def _end_mean(metrics: Mapping[str, Points], end: Literal[-1, 1]) -> dict[str, float]:
+    """Each metric's mean over the first (-1) or last (1) tenth of the steps."""
+    result = {}
+    for name, points in metrics.items():
+        size = max(1, len(points) // 10)
+        part = points[-size:] if end == 1 else points[:size]
+        result[name] = sum(value for _, value in part) / len(part)
+    return result

@@ -1,0 +1,150 @@
+"""Who plays which role in an online stage: policy, reference, sampler, scorer, and the truth that is only measured."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accord.config import RolloutFields, SamplingFields
+from accord.data.templates import Template
+from accord.errors import ConfigError
+from accord.methods.context import (
+    Context,
+    LoadedPolicy,
+    base_folder,
+    choose_layout,
+    stage_model,
+    tokenised,
+    weights_hash,
+)
+from accord.methods.corpus import split_holdout
+from accord.methods.rollouts import Prompt, RolloutModels
+from accord.models.load import load_reward_model
+from accord.records import TokenCompletion, TokenGroup
+from accord.rewards.scorers import FunctionScorer, ModelScorer, Scorer, load_function
+from accord.rollout.native import NativeSampler
+
+__all__ = [
+    "Judges",
+    "check_prompts",
+    "function_scorer",
+    "judges_of",
+    "model_scorer",
+    "rollout_models",
+    "starting_model",
+    "step_prompts",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Judges:
+    """What scores a stage's completions, resolved before its run folder is made: a function, or a reward model's
+    folder; `gold` is logged and never trained on. `sources` is what the result depends on (what -> content hash)."""
+
+    function: FunctionScorer | None
+    reward_folder: Path | str | None
+    gold: FunctionScorer | None
+    sources: dict[str, str] = field(default_factory=dict)
+
+    def scorer(self, context: Context, budget: int) -> tuple[Scorer, Any | None]:
+        """The scorer, and the reward model behind it when it is one."""
+        if self.function is not None:
+            return self.function, None
+        assert self.reward_folder is not None
+        model, tokenizer = load_reward_model(self.reward_folder)
+        return model_scorer(context, model, tokenizer, budget, self.reward_folder), model
+
+
+def judges_of(context: Context, stage: str, section: SamplingFields) -> Judges:
+    """Who judges in this stage. Raises ConfigError when nothing does."""
+    function = function_scorer(context, f"{stage}.reward_function", section.reward_function)
+    gold = function_scorer(context, f"{stage}.gold_function", section.gold_function)
+    if function is not None:
+        return Judges(function, None, gold, {"reward function": function.fingerprint})
+    folder = section.reward_model or stage_model(context, "reward")
+    if folder is None:
+        raise ConfigError(
+            f"the {stage} stage needs something that scores: a `reward` stage in this recipe, `{stage}.reward_model` "
+            f"(a folder) or `{stage}.reward_function` (module:function)"
+        )
+    return Judges(None, folder, gold, {"reward weights": "".join(weights_hash(folder).values())})
+
+
+def starting_model(context: Context, init: str | None) -> Path | str:
+    """Where a stage's policy starts: the folder named, else the SFT stage's model, else the base."""
+    return init or stage_model(context, "sft") or base_folder(context)
+
+
+def function_scorer(context: Context, key: str, spec: str | None) -> FunctionScorer | None:
+    """The function a key names, or the Python object given for it; None without either."""
+    given = context.functions.get(key)
+    if given is not None:
+        return FunctionScorer(given, getattr(given, "__name__", "the given function"))
+    return None if spec is None else FunctionScorer(load_function(spec, key), spec)
+
+
+def model_scorer(context: Context, model: Any, tokenizer: Any, budget: int, folder: Path | str) -> ModelScorer:
+    """A loaded reward model as a scorer.
+
+    Prompts are cut as in its training. Answers may use all of the model's positions: text that the policy wrote within
+    its limit can take more tokens when it is read back, and that must not stop a run.
+    """
+    data = context.recipe.data
+    positions = getattr(model.config, "max_position_embeddings", None) or data.max_tokens
+    return ModelScorer(
+        model,
+        Template.of(tokenizer, "auto"),
+        micro_batch_tokens=budget,
+        max_tokens=max(positions, data.max_tokens),
+        max_prompt_tokens=data.max_prompt_tokens or data.max_tokens,
+        name=f"the reward model {folder}",
+    )
+
+
+def step_prompts(context: Context, policy: LoadedPolicy, max_new_tokens: int) -> list[Prompt]:
+    """The training prompts as tokens, each leaving room for an answer."""
+    data = context.recipe.data
+    room = data.max_tokens - max_new_tokens
+    groups, _ = split_holdout(context.corpus.all_prompts().groups, data.holdout)
+    limit = min(room, data.max_prompt_tokens or room)
+    return tokenised(context, groups, policy.template, "prompts", max_tokens=room, max_prompt_tokens=limit)
+
+
+def check_prompts(stage: str, section: RolloutFields, count: int) -> None:
+    """Raises ConfigError when a step wants more prompts than there are."""
+    if count < section.prompts_per_step:
+        raise ConfigError(
+            f"`{stage}.prompts_per_step` = {section.prompts_per_step}, but only {count} distinct training prompts are "
+            "left: lower it, or give more prompts"
+        )
+
+
+def rollout_models(
+    context: Context,
+    section: RolloutFields,
+    policy: LoadedPolicy,
+    scorer: Scorer,
+    gold: Scorer | None,
+    prompts: list[TokenGroup],
+) -> RolloutModels:
+    """The cast of a rollout; the reference is a frozen copy of the policy as it is now."""
+    reference = copy.deepcopy(policy.model).requires_grad_(False)
+    n = section.samples_per_prompt
+    shapes = [TokenGroup(t.prompt_ids, (_filler(t, section.max_new_tokens),) * n) for t in prompts[:64]]
+    return RolloutModels(
+        policy=policy.model,
+        reference=reference,
+        sampler=NativeSampler(policy.model, pad_id=policy.pad_id),
+        template=policy.template,
+        scorer=scorer,
+        gold=gold,
+        layout=choose_layout(context, policy.model, shapes, policy.pad_id),
+    )
+
+
+def _filler(prompt: TokenGroup, length: int) -> TokenCompletion:
+    """A completion of half the allowed length made of the prompt's own tokens, to weigh the layouts with."""
+    ids = (prompt.prompt_ids * length)[: max(1, length // 2)]
+    return TokenCompletion(ids, (True,) * len(ids))
