@@ -42,7 +42,7 @@ def said(model: Any, layout: Layout = "plain") -> Tensor:
 
 def adapted(architecture: str, seed: int = 5, **changes: Any) -> Any:
     model = tiny_model(architecture, **changes)
-    add_adapter(model, rank=4, alpha=8, targets="all-linear", seed=seed)
+    add_adapter(model, rank=4, alpha=8, targets=(), seed=seed)
     return model
 
 
@@ -66,7 +66,7 @@ def adapter_names(model: Any) -> set[str]:
 def test_a_fresh_adapter_changes_no_bit(architecture: str, layout: Layout) -> None:
     model = tiny_model(architecture)
     before, kind = said(model, layout), type(model)
-    add_adapter(model, rank=4, alpha=8, targets="all-linear", seed=0)
+    add_adapter(model, rank=4, alpha=8, targets=(), seed=0)
     assert type(model) is kind and has_adapter(model)
     assert torch.equal(said(model, layout), before)
 
@@ -95,7 +95,7 @@ def test_rank_and_alpha_are_those_of_the_formula() -> None:
     """W' = W + (alpha / rank) B A, computed here; GPT-2 keeps its weights transposed."""
     for architecture, name in (("llama", "model.layers.1.mlp.up_proj"), ("gpt2", "transformer.h.1.mlp.c_fc")):
         model = tiny_model(architecture)
-        add_adapter(model, rank=2, alpha=3.5, targets="all-linear", seed=0)
+        add_adapter(model, rank=2, alpha=3.5, targets=(), seed=0)
         train(model)
         weights = model.state_dict()
         a, b = weights[f"{name}.lora_A.default.weight"], weights[f"{name}.lora_B.default.weight"]
@@ -111,7 +111,7 @@ def test_rank_and_alpha_are_those_of_the_formula() -> None:
 def test_weights_of_an_adapter_are_float32_in_a_16_bit_model_too() -> None:
     model = tiny_model("llama", dtype=torch.bfloat16)
     before = said(model)
-    add_adapter(model, rank=4, alpha=8, targets="all-linear", seed=0)
+    add_adapter(model, rank=4, alpha=8, targets=(), seed=0)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert torch.equal(said(model), before)
     train(model)
@@ -132,7 +132,7 @@ def test_all_linear_layers_of_the_trunk_are_adapted_but_no_output_embedding_and_
         assert len(names) == 2 * 7 * 2
     assert {name.split(".")[-4] for name in adapter_names(adapted("gpt2"))} == {"c_attn", "c_proj", "c_fc"}
     reward_model = reward_model_from(tiny_model("llama"), seed=0)
-    add_adapter(reward_model, rank=4, alpha=8, targets="all-linear", seed=0)
+    add_adapter(reward_model, rank=4, alpha=8, targets=(), seed=0)
     assert not [name for name in adapter_names(reward_model) if "score" in name]
 
 
@@ -251,7 +251,7 @@ def test_a_reward_model_trains_its_adapter_and_its_head(architecture: str, tmp_p
     model = reward_model_from(tiny_model(architecture), seed=0)
     batch = collate(GROUPS, layout="shared", pad_id=PAD_ID)
     before = score_completions(model, batch).detach()
-    add_adapter(model, rank=4, alpha=8, targets="all-linear", seed=0)
+    add_adapter(model, rank=4, alpha=8, targets=(), seed=0)
     assert torch.equal(score_completions(model, batch), before)
     assert trainable_state(model).keys() == adapter_names(model) | {"score.weight"}
     optimiser = Optimiser(model, SFTConfig.model_validate({}))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,17 +38,15 @@ __all__ = [
 _NAME = "default"  # of the adapter within the model; peft's own default
 
 
-def add_adapter(
-    model: Any, *, rank: int, alpha: float, targets: Literal["all-linear"] | Sequence[str], seed: int
-) -> None:
+def add_adapter(model: Any, *, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
     """Freezes `model` and puts a fresh adapter in: from here on only the adapter trains, and a scalar head if there is
     one.
 
     Args:
         rank: inner size of the two matrices, at least 1.
         alpha: the adapter's output is multiplied by alpha / rank.
-        targets: "all-linear" = every linear layer of the trunk, which neither the output embedding nor a scalar head
-            belongs to; or the last parts of layers' names, such as `q_proj` or `self_attn.q_proj`.
+        targets: last parts of layers' names, such as `q_proj` or `self_attn.q_proj`. Empty = every linear layer of the
+            trunk, which neither the output embedding nor a scalar head belongs to.
         seed: the values of A depend on the seed and the shapes alone.
     The adapter's weights are at least float32, whatever the model's: small updates vanish in 16 bits.
     Raises: ConfigError for a target that is no linear layer of the trunk, or a model that peft cannot adapt.
@@ -57,8 +55,8 @@ def add_adapter(
     from peft.functional import cast_adapter_dtype, inject_adapter_in_model
 
     layers = _linear_layers(model)
-    names = [name for name in layers if targets == "all-linear" or any(_ends(name, target) for target in targets)]
-    _require_found(model, layers, [] if targets == "all-linear" else targets)
+    _require_found(model, layers, targets)
+    names = [name for name in layers if not targets or any(_ends(name, target) for target in targets)]
     has_head = model.get_output_embeddings() is None
     config = LoraConfig(
         r=rank,
@@ -160,7 +158,7 @@ def _require_found(model: Any, layers: Mapping[str, nn.Module], targets: Sequenc
     if missing or not layers:
         found = ", ".join(sorted({name.rpartition(".")[2] for name in layers})) or "none"
         raise ConfigError(
-            f"`model.adapter.targets`: {', '.join(map(repr, missing)) or 'all-linear'} names no linear layer of "
+            f"`model.adapter.targets`: {', '.join(map(repr, missing)) or 'unset'} names no linear layer of "
             f"{type(model).__name__}; its linear layers are called: {found}"
         )
 
