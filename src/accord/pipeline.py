@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from accord.evaluation.stage import run_evaluate
 from accord.methods import catalogue
 from accord.methods.context import Context
 from accord.methods.corpus import Corpus
+from accord.methods.online_stage import LEARNERS, run_online
 from accord.methods.ppo_stage import run_ppo
 from accord.methods.reward import run_reward
 from accord.methods.sft import run_sft
@@ -26,6 +28,7 @@ STAGES: Mapping[str, Callable[[Context], dict[str, Any]]] = {
     "sft": run_sft,
     "reward": run_reward,
     "ppo": run_ppo,
+    **{stage: partial(run_online, stage=stage) for stage in LEARNERS},
     "evaluate": run_evaluate,
 }
 
