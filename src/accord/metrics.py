@@ -84,6 +84,8 @@ _DECLARED = (
            "PPO's clipped surrogate. Its size says little: advantages are re-centred at every step."),
     Metric("train/value_loss", "", "update mean", "down", "mean(max((V - R)^2, (clip(V) - R)^2)) / 2",
            "How far the value model is from the returns. It may rise while the policy finds higher rewards."),
+    Metric("train/kl_loss", "", "update mean", "down", "sum of token weight * k3 (or k2) of log(policy / reference)",
+           "GRPO's KL term before kl_coef, weighted as the tokens of the policy loss are."),
     Metric("train/entropy_nats", "nats per token", "token mean", "neutral", "-sum_v p(v) log p(v)",
            "How undecided the policy is. A slow fall is learning; a fall towards 0 is collapse."),
     Metric("train/clip_fraction", "fraction", "token mean", "neutral",
@@ -146,7 +148,7 @@ _DECLARED = (
            "How many times the data has been gone through."),
 
     Metric("rollout/score/mean", "", "sequence mean", "up", "mean(score)",
-           "What the reward model (the proxy) thinks of the samples. PPO raises this number; only held-out "
+           "What the reward model (the proxy) thinks of the samples. Training raises this number; only held-out "
            "judgement tells whether the answers got better."),
     Metric("rollout/score/std", "", "std", "neutral", "std(score)",
            "How much the samples differ in score. Near 0 the policy says the same thing everywhere."),
@@ -171,6 +173,10 @@ _DECLARED = (
            "How much a completion repeats itself."),
     Metric("rollout/distinct_2", "fraction", "last", "up", "distinct 2-grams / 2-grams over all samples",
            "Variety over the whole batch. A steady fall means all answers become alike."),
+    Metric("rollout/tied_fraction", "fraction", "prompt mean", "down",
+           "prompts whose samples all score alike / prompts",
+           "Comparing such samples teaches nothing: the prompt is too easy, too hard, or has too few of them. Online "
+           "DPO has no pair there."),
     Metric("rollout/prompts", "prompts", "total", "neutral", "prompts so far", "Prompts answered so far."),
     Metric("rollout/samples", "completions", "total", "neutral", "completions so far", "Completions sampled so far."),
     Metric("rollout/gold_utility/mean", "", "sequence mean", "up", "mean(true utility)",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from accord.evaluation.stage import run_evaluate
 from accord.methods import catalogue
 from accord.methods.context import Context
 from accord.methods.corpus import Corpus
+from accord.methods.online_stage import LEARNERS, run_online
 from accord.methods.ppo_stage import run_ppo
 from accord.methods.preference_stage import run_dpo, run_orpo
 from accord.methods.reward import run_reward
@@ -29,6 +31,7 @@ STAGES: Mapping[str, Callable[[Context], dict[str, Any]]] = {
     "dpo": run_dpo,
     "orpo": run_orpo,
     "ppo": run_ppo,
+    **{stage: partial(run_online, stage=stage) for stage in LEARNERS},
     "evaluate": run_evaluate,
 }
 
