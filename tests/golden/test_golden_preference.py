@@ -266,30 +266,28 @@ def test_metrics_are_sums_over_pairs() -> None:
     assert result.pair_count.item() == 3
 
 
-REFERENCE = (double(-12), double(-15), double(-13), double(-14))
+LENGTHS = {"length_coef": 9.0, "chosen_lengths": double(1), "rejected_lengths": double(2)}
 
 
 @pytest.mark.parametrize(
-    ("result", "chosen_reward", "rejected_reward"),
+    ("loss", "options", "chosen_reward", "rejected_reward"),
     [
-        (dpo_loss(*REFERENCE, beta=0.5, margins=double(7)), 0.5, -0.5),
-        (conservative_dpo_loss(*REFERENCE, beta=0.5, label_smoothing=0.3), 0.5, -0.5),
-        (robust_dpo_loss(*REFERENCE, beta=0.5, label_smoothing=0.3), 0.5, -0.5),
-        (ipo_loss(*REFERENCE, tau=0.5), 0.5, -0.5),
-        (hinge_loss(*REFERENCE, beta=0.5), 0.5, -0.5),
-        (
-            rdpo_loss(*REFERENCE, beta=0.5, length_coef=9, chosen_lengths=double(1), rejected_lengths=double(2)),
-            0.5,
-            -0.5,
-        ),
-        (simpo_loss(*REFERENCE[:2], beta=2.0, gamma=9.0), -24.0, -30.0),
-        (cpo_loss(*REFERENCE[:2], beta=0.5), -6.0, -7.5),
-        (apo_zero_loss(*REFERENCE, beta=0.5), 0.5, -0.5),
-        (apo_down_loss(*REFERENCE, beta=0.5), 0.5, -0.5),
+        (dpo_loss, {"beta": 0.5, "margins": double(7)}, 0.5, -0.5),
+        (conservative_dpo_loss, {"beta": 0.5, "label_smoothing": 0.3}, 0.5, -0.5),
+        (robust_dpo_loss, {"beta": 0.5, "label_smoothing": 0.3}, 0.5, -0.5),
+        (ipo_loss, {"tau": 0.5}, 0.5, -0.5),
+        (hinge_loss, {"beta": 0.5}, 0.5, -0.5),
+        (rdpo_loss, {"beta": 0.5, **LENGTHS}, 0.5, -0.5),
+        (simpo_loss, {"beta": 2.0, "gamma": 9.0}, -24.0, -30.0),
+        (cpo_loss, {"beta": 0.5}, -6.0, -7.5),
+        (apo_zero_loss, {"beta": 0.5}, 0.5, -0.5),
+        (apo_down_loss, {"beta": 0.5}, 0.5, -0.5),
     ],
 )
-def test_implicit_rewards(result: PreferenceLoss, chosen_reward: float, rejected_reward: float) -> None:
+def test_implicit_rewards(loss: Loss, options: dict[str, Any], chosen_reward: float, rejected_reward: float) -> None:
     """beta (or tau) times 1 and -1, or times -12 and -15, whatever the margins, lengths and target margins."""
+    reference = () if loss in (simpo_loss, cpo_loss) else (double(-13), double(-14))
+    result = loss(double(-12), double(-15), *reference, **options)
     assert result.chosen_reward_sum.item() == chosen_reward
     assert result.rejected_reward_sum.item() == rejected_reward
     assert result.margin_sum.item() == chosen_reward - rejected_reward
