@@ -1,11 +1,12 @@
 """Losses, advantages and KL estimators: pure functions of small tensors and a boolean mask (True = counts).
 
-Every mean takes an explicit normaliser (`num_tokens`, `num_pairs`, ...): the count over the whole optimizer step, so that
+Every mean takes an explicit normaliser (`num_tokens`, `num_pairs`, ...): the count over the whole optimizer step. So
 gradients do not depend on how a step is split into micro-batches. Results are frozen records: `loss` to differentiate,
 and detached sums and counts that merge over micro-batches by addition.
 """
 
 from accord.losses.advantages import Advantages, gae, token_rewards
+from accord.losses.ilql import ILQLTerm, awac_loss, cql_loss, expectile_loss, ilql_advantages, polyak, q_loss
 from accord.losses.kl import adaptive_kl_coef, categorical_kl, kl_k1, kl_k2, kl_k3
 from accord.losses.kto import UnpairedLoss, bco_loss, class_weights, kto_loss, kto_reference_point
 from accord.losses.masked import masked_mean, masked_sum, mean_logprobs, sequence_logprobs, whiten
@@ -30,6 +31,7 @@ from accord.losses.sft import SFTLoss, sft_loss
 __all__ = [
     "Advantages",
     "EntropyLoss",
+    "ILQLTerm",
     "OddsRatioLoss",
     "PolicyLoss",
     "PreferenceLoss",
@@ -40,16 +42,20 @@ __all__ = [
     "adaptive_kl_coef",
     "apo_down_loss",
     "apo_zero_loss",
+    "awac_loss",
     "bco_loss",
     "categorical_kl",
     "centring_penalty",
     "class_weights",
     "conservative_dpo_loss",
     "cpo_loss",
+    "cql_loss",
     "dpo_loss",
     "entropy_loss",
+    "expectile_loss",
     "gae",
     "hinge_loss",
+    "ilql_advantages",
     "ipo_loss",
     "kl_k1",
     "kl_k2",
@@ -61,8 +67,10 @@ __all__ = [
     "mean_logprobs",
     "orpo_loss",
     "pairwise_loss",
+    "polyak",
     "ppo_policy_loss",
     "ppo_value_loss",
+    "q_loss",
     "ranked_loss",
     "rdpo_loss",
     "robust_dpo_loss",
