@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from accord.losses import awac_loss, cql_loss, expectile_loss, ilql_advantages, polyak, q_loss
+from accord.models.ilql import shaped_logits
 
 # Two actions. The value after the second one is 0; the smaller target Q are [.5, .55], one from each head.
 MASK = torch.tensor([[True, True]])
@@ -143,3 +144,21 @@ def test_a_reward_at_the_end_is_worth_its_discount_at_the_start() -> None:
         target_q = polyak(target_q, q.detach(), rate=0.5)
     for head in (*q.tolist(), *target_q.tolist(), values.tolist()):
         assert head[0] == pytest.approx([0.9801, 0.99, 1.0], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("beta", "probabilities"),
+    [
+        (0.0, [0.211942, 0.211942, 0.576117]),
+        (1.0, [0.331499, 0.121952, 0.546549]),
+        (4.0, [0.721399, 0.013213, 0.265388]),
+        (100.0, [1.0, 0.0, 0.0]),
+    ],
+)
+def test_beta_moves_probability_to_the_best_advantage(beta: float, probabilities: list[float]) -> None:
+    """Logits [0, 0, 1], Q [1, 0, .5] (of the smaller head), V = .5: advantages [.5, -.5, 0]. At beta 1 the weights are
+    e^.5, e^-.5, e^1: of 4.973533, they are .331499, .121952, .546549. At beta 4: e^2, e^-2, e^1 of 10.242672."""
+    q = torch.tensor([[[1.0, 0.7, 0.5]], [[1.5, 0.0, 0.5]]], dtype=torch.float64)
+    logits = torch.tensor([[7.0, 7.0, 8.0]], dtype=torch.float64)
+    shaped = shaped_logits(logits, q, torch.tensor([0.5], dtype=torch.float64), beta=beta)
+    assert shaped.softmax(-1)[0].tolist() == pytest.approx(probabilities, abs=1e-6)
