@@ -14,6 +14,7 @@ from accord.evaluation.stage import run_evaluate
 from accord.methods import catalogue
 from accord.methods.context import Context
 from accord.methods.corpus import Corpus
+from accord.methods.kto_stage import run_kto
 from accord.methods.ppo_stage import run_ppo
 from accord.methods.preference_stage import run_dpo, run_orpo
 from accord.methods.reward import run_reward
@@ -28,6 +29,7 @@ STAGES: Mapping[str, Callable[[Context], dict[str, Any]]] = {
     "reward": run_reward,
     "dpo": run_dpo,
     "orpo": run_orpo,
+    "kto": run_kto,
     "ppo": run_ppo,
     "evaluate": run_evaluate,
 }
