@@ -1,8 +1,8 @@
 """Losses, advantages and KL estimators: pure functions of small tensors and a boolean mask (True = counts).
 
-Every mean takes an explicit normaliser (`num_tokens`, `num_pairs`, ...): the count over the whole optimizer step. So
-gradients do not depend on how a step is split into micro-batches. Results are frozen records: `loss` to differentiate,
-and detached sums and counts that merge over micro-batches by addition.
+Every mean takes an explicit normaliser (`num_tokens`, `num_pairs`, ...): the count over the whole optimizer step, so
+that gradients do not depend on how a step is split into micro-batches. Results are frozen records: `loss` to
+differentiate, and detached sums and counts that merge over micro-batches by addition.
 """
 
 from accord.losses.advantages import Advantages, gae, token_rewards

@@ -23,12 +23,13 @@ from accord.losses.advantages import gae, token_rewards
 from accord.losses.kl import adaptive_kl_coef, kl_k1
 from accord.losses.masked import masked_mean, whiten
 from accord.losses.ppo import entropy_loss, ppo_policy_loss, ppo_value_loss
-from accord.methods.offline import group_passes, peak_memory_mb
+from accord.methods.offline import group_passes
 from accord.methods.online import prompt_indices, rollout_metrics, samples_of, shaped_scores
 from accord.methods.rollouts import Prompt, Rollout, RolloutModels, collect, per_token
 from accord.models.layout import collate
 from accord.models.token_scores import score_tokens, score_values
 from accord.randomness import permutation
+from accord.training.environment import peak_memory_mb
 from accord.training.loop import Captured, StepOutcome
 from accord.training.optim import Optimiser, learning_rate_at
 

@@ -11,8 +11,7 @@ from accord.methods.context import Context, LoadedPolicy, data_note, run_stage, 
 from accord.methods.online_account import online_summary
 from accord.methods.ppo import PPOTrainer
 from accord.methods.roles import check_prompts, judges_of, rollout_models, starting_model, step_prompts
-from accord.models.load import reward_model_from, value_model_from
-from accord.randomness import torch_seed
+from accord.models.load import fresh_value_model, value_model_from
 from accord.training.loop import run_training
 from accord.training.runfolder import RunFolder
 
@@ -35,7 +34,7 @@ def run_ppo(context: Context) -> dict[str, Any]:
         prompts = step_prompts(context, policy, section.max_new_tokens)
         check_prompts("ppo", section, len(prompts))
         scorer, reward_model = judges.scorer(context, section.micro_batch_tokens)
-        value = _value_model(context, section, policy, reward_model)
+        value = _value_model(section, policy, reward_model)
         models = rollout_models(context, section, policy, scorer, judges.gold, [t for _, t in prompts])
         trainer = PPOTrainer(models, value, prompts, section, context.seed)
         context.say(
@@ -55,7 +54,7 @@ def run_ppo(context: Context) -> dict[str, Any]:
     return run_stage(context, "ppo", settings=settings, sources=sources, body=body)
 
 
-def _value_model(context: Context, section: PPOConfig, policy: LoadedPolicy, reward_model: Any | None) -> Any:
+def _value_model(section: PPOConfig, policy: LoadedPolicy, reward_model: Any | None) -> Any:
     if section.value_init == "reward" and reward_model is not None:
         if reward_model.config.vocab_size != policy.model.config.vocab_size:
             raise ConfigError(
@@ -63,4 +62,4 @@ def _value_model(context: Context, section: PPOConfig, policy: LoadedPolicy, rew
                 "`ppo.value_init` = policy"
             )
         return value_model_from(reward_model)
-    return reward_model_from(policy.model, torch_seed(context.seed, "value-head"))
+    return fresh_value_model(policy.model)
