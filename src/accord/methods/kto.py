@@ -38,6 +38,7 @@ __all__ = [
     "derangement",
     "kto_objective",
     "with_mismatched",
+    "with_reference",
 ]
 
 
@@ -54,6 +55,11 @@ class JudgedAnswer:
     mismatched: TokenGroup | None = None
     ref_logprob: float = 0.0
     mismatched_ref_logprob: float = 0.0
+
+    @property
+    def groups(self) -> tuple[TokenGroup, ...]:
+        """All that the reference must be asked about."""
+        return (self.tokens,) if self.mismatched is None else (self.tokens, self.mismatched)
 
 
 def derangement(prompt_ids: Sequence[int], *key: int | str) -> list[int]:
@@ -92,6 +98,17 @@ def with_mismatched(
         shorter = TokenCompletion(other.ids[:room], other.mask[:room])
         made.append(replace(item, mismatched=replace(item.tokens, completions=(shorter,))))
     return made, cut
+
+
+def with_reference(items: Sequence[JudgedAnswer], logprobs: Sequence[float]) -> list[JudgedAnswer]:
+    """Items with the reference's log-probabilities of all their groups, in order."""
+    values = iter(logprobs)
+    made: list[JudgedAnswer] = []
+    for item in items:
+        own = next(values)
+        other = 0.0 if item.mismatched is None else next(values)
+        made.append(replace(item, ref_logprob=own, mismatched_ref_logprob=other))
+    return made
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
-
-from torch import Tensor
 
 from accord.config import KTOConfig
 from accord.errors import ConfigError
-from accord.losses.kto import class_weights
+from accord.losses.kto import class_weights as balanced_weights
 from accord.measures.statistics import win_rate
 from accord.methods.card import model_card
 from accord.methods.context import (
@@ -32,11 +29,12 @@ from accord.methods.kto import (
     derangement,
     kto_objective,
     with_mismatched,
+    with_reference,
 )
-from accord.methods.likelihood import LikelihoodChange
-from accord.methods.offline import OfflineTrainer, PolicyLogprobs, sequence_logprobs
+from accord.methods.likelihood import LikelihoodChange, policy_logprobs, start_logprobs
+from accord.methods.offline import OfflineTrainer, PolicyLogprobs
 from accord.methods.roles import starting_model
-from accord.records import Group, TokenCompletion, TokenGroup
+from accord.records import Group, TokenCompletion
 from accord.training.loop import run_training
 from accord.training.runfolder import RunFolder
 
@@ -49,7 +47,8 @@ def run_kto(context: Context) -> dict[str, Any]:
     assert section is not None
     start = starting_model(context, section.init)
     part = context.corpus.labelled()
-    sources = part.sources | weights_hash(start)
+    weights = weights_hash(start)
+    sources = part.sources | weights
 
     def body(run: RunFolder) -> dict[str, Any]:
         for note in part.notes:
@@ -59,18 +58,20 @@ def run_kto(context: Context) -> dict[str, Any]:
         items = _items(context, train, policy, "answers")
         tests = _items(context, held_out, policy, "held-out answers")
         layout = choose_layout(context, policy.model, [item.tokens for item in items], policy.pad_id)
-
-        def logprobs(groups: Sequence[TokenGroup]) -> Tensor:
-            budget = section.micro_batch_tokens
-            return sequence_logprobs(policy.model, groups, layout=layout, pad_id=policy.pad_id, budget=budget)
-
-        weights = _weights(section, items)
-        if section.loss == "kto":
-            context.say(f"weights: desirable answers {weights[0]:.3g}, undesirable answers {weights[1]:.3g}")
-            items, tests = _mismatched(context, items, tests)
-        items, tests = (_with_reference(of, logprobs) for of in (items, tests))
+        budget = section.micro_batch_tokens
         memory = RewardShift() if section.loss == "bco" else None
-        objective = kto_objective(section, weights) if memory is None else bco_objective(section, memory)
+        if memory is None:
+            class_weights = _class_weights(section, items)
+            context.say(f"weights: desirable answers {class_weights[0]:.3g}, undesirable {class_weights[1]:.3g}")
+            items, tests = _mismatched(context, items, tests)
+            objective = kto_objective(section, class_weights)
+        else:
+            objective = bco_objective(section, memory)
+        groups = [group for item in (*items, *tests) for group in item.groups]
+        known = start_logprobs(context, run, policy, weights, groups, layout=layout, budget=budget)
+        both = with_reference([*items, *tests], known.tolist())
+        items, tests = both[: len(items)], both[len(items) :]
+        logprobs = policy_logprobs(policy, layout, budget)
 
         def measure() -> dict[str, float]:
             if not tests:
@@ -106,7 +107,7 @@ def _counts(items: Sequence[JudgedAnswer]) -> tuple[int, int]:
     return desirable, len(items) - desirable
 
 
-def _weights(section: KTOConfig, items: Sequence[JudgedAnswer]) -> tuple[float, float]:
+def _class_weights(section: KTOConfig, items: Sequence[JudgedAnswer]) -> tuple[float, float]:
     """Those of the section, else what makes up for unequal numbers of the two kinds.
 
     Raises: ConfigError when a kind is missing, unless both weights were chosen by hand.
@@ -120,7 +121,7 @@ def _weights(section: KTOConfig, items: Sequence[JudgedAnswer]) -> tuple[float, 
             "some, use `accord sft` for good answers alone, or set `kto.desirable_weight` and "
             "`kto.undesirable_weight` to train all the same"
         )
-    balanced = class_weights(*counts) if None in given else (1.0, 1.0)
+    balanced = balanced_weights(*counts) if None in given else (1.0, 1.0)
     return balanced[0] if given[0] is None else given[0], balanced[1] if given[1] is None else given[1]
 
 
@@ -137,17 +138,6 @@ def _mismatched(
     if cut + cut_tests:
         context.say(f"{cut + cut_tests} answers are cut to `data.max_tokens` behind another prompt (reference point)")
     return made, made_tests
-
-
-def _with_reference(items: Sequence[JudgedAnswer], logprobs: PolicyLogprobs) -> list[JudgedAnswer]:
-    """The items with what the reference, which is the policy before its training, says of their answers."""
-    own = logprobs([item.tokens for item in items]).tolist()
-    others = [item.mismatched for item in items if item.mismatched is not None]
-    mismatched = logprobs(others).tolist() or [0.0] * len(items)
-    return [
-        replace(item, ref_logprob=a, mismatched_ref_logprob=b)
-        for item, a, b in zip(items, own, mismatched, strict=True)
-    ]
 
 
 # --- the account -----------------------------------------------------------------------------------------------------

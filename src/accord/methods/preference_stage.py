@@ -26,8 +26,8 @@ from accord.methods.context import (
     weights_hash,
 )
 from accord.methods.corpus import Part, split_holdout
-from accord.methods.likelihood import LikelihoodChange
-from accord.methods.offline import OfflineTrainer, sequence_logprobs
+from accord.methods.likelihood import LikelihoodChange, policy_logprobs, start_logprobs
+from accord.methods.offline import OfflineTrainer
 from accord.methods.preference import (
     REFERENCE_FREE,
     SOFT_LABEL_FREE,
@@ -77,7 +77,8 @@ def _run(context: Context, plan: _Plan) -> dict[str, Any]:
     start = starting_model(context, section.init)
     part = context.corpus.comparisons()
     notes = _agreed(plan, part)
-    sources = part.sources | weights_hash(start)
+    weights = weights_hash(start)
+    sources = part.sources | weights
 
     def body(run: RunFolder) -> dict[str, Any]:
         for note in (*part.notes, *notes):
@@ -89,18 +90,20 @@ def _run(context: Context, plan: _Plan) -> dict[str, Any]:
         if not items:
             raise DataError(f"the {stage} stage has no pair to learn from: the answers compared are all alike")
         layout = choose_layout(context, policy.model, [item.tokens for item in items], policy.pad_id)
-
-        def logprobs(of: Sequence[RankedAnswers]) -> Tensor:
-            budget = section.micro_batch_tokens
-            groups = [item.tokens for item in of]
-            return sequence_logprobs(policy.model, groups, layout=layout, pad_id=policy.pad_id, budget=budget)
-
-        if plan.loss not in REFERENCE_FREE:
-            items, tests = (_with_reference(of, logprobs(of)) for of in (items, tests))
-        before = logprobs(tests)
+        budget = section.micro_batch_tokens
+        logprobs = policy_logprobs(policy, layout, budget)
+        test_tokens = [item.tokens for item in tests]
+        if plan.loss in REFERENCE_FREE:
+            before = logprobs(test_tokens)
+        else:
+            tokens = [item.tokens for item in (*items, *tests)]
+            known = start_logprobs(context, run, policy, weights, tokens, layout=layout, budget=budget)
+            both = _with_reference([*items, *tests], known)
+            items, tests = both[: len(items)], both[len(items) :]
+            before = torch.tensor([value for item in tests for value in item.ref_logprobs])
 
         def measure() -> dict[str, float]:
-            return _measured(plan.objective, tests, logprobs(tests)) if tests else {}
+            return _measured(plan.objective, tests, logprobs(test_tokens)) if tests else {}
 
         trainer = OfflineTrainer(
             stage, policy.model, items, section, section, plan.objective,
@@ -111,7 +114,7 @@ def _run(context: Context, plan: _Plan) -> dict[str, Any]:
             f"{trainer.total_steps} steps of {section.batch_size}"
         )
         run_training(trainer, run, context.console)
-        summary = _summary(plan, items, trainer.total_steps, tests, before, logprobs(tests))
+        summary = _summary(plan, items, trainer.total_steps, tests, before, logprobs(test_tokens))
         summary["account"] += data_note(part)
         policy.save(run.path / "model", model_card(context.recipe, stage, start, sources, summary))
         return summary
