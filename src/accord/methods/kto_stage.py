@@ -57,6 +57,7 @@ def run_kto(context: Context) -> dict[str, Any]:
         train, held_out = split_holdout(part.groups, context.recipe.data.holdout)
         items = _items(context, train, policy, "answers")
         tests = _items(context, held_out, policy, "held-out answers")
+        _require_both_kinds(section, items)
         layout = choose_layout(context, policy.model, [item.tokens for item in items], policy.pad_id)
         budget = section.micro_batch_tokens
         memory = RewardShift() if section.loss == "bco" else None
@@ -107,21 +108,23 @@ def _counts(items: Sequence[JudgedAnswer]) -> tuple[int, int]:
     return desirable, len(items) - desirable
 
 
-def _class_weights(section: KTOConfig, items: Sequence[JudgedAnswer]) -> tuple[float, float]:
-    """Those of the section, else what makes up for unequal numbers of the two kinds.
-
-    Raises: ConfigError when a kind is missing, unless both weights were chosen by hand.
-    """
+def _require_both_kinds(section: KTOConfig, items: Sequence[JudgedAnswer]) -> None:
+    """Raises ConfigError when a kind is missing, unless both weights were chosen by hand."""
     counts = _counts(items)
-    given = section.desirable_weight, section.undesirable_weight
-    if 0 in counts and None in given:
-        missing = "desirable" if counts[0] == 0 else "undesirable"
-        raise ConfigError(
-            f"none of the {len(items):,} answers to learn from is {missing}, so there is nothing to tell apart: add "
-            "some, use `accord sft` for good answers alone, or set `kto.desirable_weight` and "
-            "`kto.undesirable_weight` to train all the same"
-        )
-    balanced = balanced_weights(*counts) if None in given else (1.0, 1.0)
+    if 0 not in counts or None not in (section.desirable_weight, section.undesirable_weight):
+        return
+    missing = "desirable" if counts[0] == 0 else "undesirable"
+    raise ConfigError(
+        f"none of the {len(items):,} answers to learn from is {missing}, so there is nothing to tell apart: add some, "
+        "use `accord sft` for good answers alone, or set `kto.desirable_weight` and `kto.undesirable_weight` (with "
+        "`kto.loss` = kto) to train all the same"
+    )
+
+
+def _class_weights(section: KTOConfig, items: Sequence[JudgedAnswer]) -> tuple[float, float]:
+    """Those of the section, else what makes up for unequal numbers of the two kinds."""
+    counts, given = _counts(items), (section.desirable_weight, section.undesirable_weight)
+    balanced = (1.0, 1.0) if 0 in counts else balanced_weights(*counts)
     return balanced[0] if given[0] is None else given[0], balanced[1] if given[1] is None else given[1]
 
 
