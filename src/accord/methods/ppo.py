@@ -26,6 +26,7 @@ from accord.losses.ppo import entropy_loss, ppo_policy_loss, ppo_value_loss
 from accord.methods.offline import group_passes
 from accord.methods.online import prompt_indices, rollout_metrics, samples_of, shaped_scores
 from accord.methods.rollouts import Prompt, Rollout, RolloutModels, collect, per_token
+from accord.models.adapters import load_trainable_state, trainable_state
 from accord.models.layout import collate
 from accord.models.token_scores import score_tokens, score_values
 from accord.randomness import permutation
@@ -97,8 +98,8 @@ class PPOTrainer:
     def capture(self) -> Captured:
         return Captured(
             {
-                "policy": dict(self._models.policy.state_dict()),
-                "value": dict(self._value.state_dict()),
+                "policy": trainable_state(self._models.policy),
+                "value": trainable_state(self._value),
                 "policy_optimiser": self._policy_optimiser.tensors(),
                 "value_optimiser": self._value_optimiser.tensors(),
             },
@@ -112,8 +113,8 @@ class PPOTrainer:
 
     def restore(self, captured: Captured) -> None:
         tensors, values = captured.tensors, captured.values
-        self._models.policy.load_state_dict(tensors["policy"])
-        self._value.load_state_dict(tensors["value"])
+        load_trainable_state(self._models.policy, tensors["policy"])
+        load_trainable_state(self._value, tensors["value"])
         self._policy_optimiser.restore(tensors["policy_optimiser"], values["policy_optimiser"])
         self._value_optimiser.restore(tensors["value_optimiser"], values["value_optimiser"])
         self._kl_coef, self.drift = values["kl_coef"], values["drift"]

@@ -7,10 +7,11 @@ from typing import Any
 from accord.config import PPOConfig
 from accord.errors import ConfigError
 from accord.methods.card import model_card
-from accord.methods.context import Context, LoadedPolicy, data_note, run_stage, weights_hash
+from accord.methods.context import Context, LoadedPolicy, adapt, data_note, run_stage, weights_hash
 from accord.methods.online_account import online_summary
 from accord.methods.ppo import PPOTrainer
 from accord.methods.roles import check_prompts, judges_of, rollout_models, starting_model, step_prompts
+from accord.models.adapters import sharing_copy
 from accord.models.load import fresh_value_model, value_model_from
 from accord.training.loop import run_training
 from accord.training.runfolder import RunFolder
@@ -30,11 +31,11 @@ def run_ppo(context: Context) -> dict[str, Any]:
     def body(run: RunFolder) -> dict[str, Any]:
         for note in part.notes:
             context.say(note)
-        policy = LoadedPolicy.from_folder(start, context.recipe.model.template)
+        policy = LoadedPolicy.to_train(context, start, "ppo")
         prompts = step_prompts(context, policy, section.max_new_tokens)
         check_prompts("ppo", section, len(prompts))
         scorer, reward_model = judges.scorer(context, section.micro_batch_tokens)
-        value = _value_model(section, policy, reward_model)
+        value = _value_model(context, section, policy, reward_model)
         models = rollout_models(context, section, policy, scorer, judges.gold, [t for _, t in prompts])
         trainer = PPOTrainer(models, value, prompts, section, context.seed)
         context.say(
@@ -54,12 +55,15 @@ def run_ppo(context: Context) -> dict[str, Any]:
     return run_stage(context, "ppo", settings=settings, sources=sources, body=body)
 
 
-def _value_model(section: PPOConfig, policy: LoadedPolicy, reward_model: Any | None) -> Any:
+def _value_model(context: Context, section: PPOConfig, policy: LoadedPolicy, reward_model: Any | None) -> Any:
     if section.value_init == "reward" and reward_model is not None:
         if reward_model.config.vocab_size != policy.model.config.vocab_size:
             raise ConfigError(
                 "`ppo.value_init` = reward, but the reward model reads another vocabulary than the policy writes: set "
                 "`ppo.value_init` = policy"
             )
-        return value_model_from(reward_model)
-    return fresh_value_model(policy.model)
+        value = value_model_from(reward_model) if context.recipe.model.adapter is None else sharing_copy(reward_model)
+    else:
+        value = fresh_value_model(policy.model)
+    adapt(context, value, "ppo", "value")
+    return value

@@ -15,12 +15,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from accord.atomic import new_folder
 from accord.errors import ConfigError, TrainingError
 from accord.models.heads import scalar_head
 
@@ -30,6 +33,9 @@ __all__ = [
     "has_adapter",
     "load_trainable_state",
     "merged",
+    "plain_state",
+    "save_adapter",
+    "sharing_copy",
     "trainable_state",
 ]
 
@@ -109,6 +115,39 @@ def merged(model: Any) -> Any:
         plain.set_submodule(name, layer.get_base_layer())
     del plain.peft_config
     return plain
+
+
+def plain_state(module: nn.Module) -> dict[str, Tensor]:
+    """The `state_dict` of the module without its adapter: the frozen weights, under the names they had before."""
+    state = {name: tensor for name, tensor in module.state_dict().items() if ".lora_" not in name}
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}
+
+
+def sharing_copy(model: Any) -> Any:
+    """A copy of a model with a scalar head that has a head of its own and shares all other weights: for an adapter,
+    which leaves those alone. So two models that start from one cost the memory of one."""
+    own = {id(parameter) for parameter in scalar_head(model).parameters()}
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in own})
+
+
+def save_adapter(model: Any, folder: Path, *, base: str) -> None:
+    """Writes the adapter, and a scalar head with it, as a folder that peft loads on top of the model `base`.
+
+    The folder is written whole or not at all, and replaces what was there.
+    """
+    from peft.functional import get_peft_model_state_dict
+
+    config = copy.copy(model.peft_config[_NAME])
+    config.base_model_name_or_path = base
+    config.inference_mode = True
+    config.target_modules = sorted(config.target_modules)  # a set has another order in every process
+    tensors = get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False)
+    if model.get_output_embeddings() is None:
+        tensors |= {f"score.{name}": tensor for name, tensor in scalar_head(model).state_dict().items()}
+    named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
+    with new_folder(folder) as partial:
+        config.save_pretrained(str(partial))
+        save_file(named, partial / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
