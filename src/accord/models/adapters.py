@@ -151,15 +151,12 @@ def save_adapter(model: Any, folder: Path, *, base: str) -> None:
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint must hold of a model: everything when everything trains, else the trained tensors alone.
+    """What a checkpoint must hold of a model: its `state_dict` but for the parameters that are frozen.
 
-    Everything means the `state_dict`: tied weights under each of their names, and buffers.
+    When everything trains that is everything: tied weights under each of their names, and buffers.
     """
-    state = model.state_dict()
-    names = {name for name, p in model.named_parameters() if p.requires_grad}
-    if all(parameter.requires_grad for parameter in model.parameters()):
-        return dict(state)
-    return {name: tensor for name, tensor in state.items() if name in names}
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
 
 
 def load_trainable_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
