@@ -167,11 +167,12 @@ class OfflineTrainer(Generic[Item]):
 
 
 def sequence_logprobs(model: Any, groups: Sequence[TokenGroup], *, layout: Layout, pad_id: int, budget: int) -> Tensor:
-    """(C,) log-probability of every completion's counted tokens, summed, in the groups' order; without gradient."""
+    """(C,) log-probability of every completion's counted tokens, summed, in the groups' order; without gradient, in
+    float32 at least."""
     first = [0]
     for group in groups:
         first.append(first[-1] + len(group.completions))
-    result = torch.zeros(first[-1])
+    result = torch.zeros(first[-1], dtype=torch.promote_types(model.dtype, torch.float32))
     for indices in group_passes(range(len(groups)), lambda i: groups[i], layout, budget):
         batch = collate([groups[i] for i in indices], layout=layout, pad_id=pad_id)
         with torch.no_grad():

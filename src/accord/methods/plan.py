@@ -99,8 +99,13 @@ def _sizes(recipe: Recipe, corpus: Corpus, stage: str) -> tuple[str, str]:
 
 
 def _part(corpus: Corpus, data: str) -> Part:
-    parts = {"demonstrations": corpus.demonstrations, "comparisons": corpus.comparisons}
-    return parts.get(data, corpus.ratings)()
+    parts = {
+        "demonstrations": corpus.demonstrations,
+        "comparisons": corpus.comparisons,
+        "labels": corpus.labelled,
+        "ratings": corpus.ratings,
+    }
+    return parts[data]()
 
 
 def _offline_sizes(part: Part, section: OfflineFields, stage: str, holdout: float) -> tuple[str, str]:
