@@ -143,7 +143,9 @@ def _serve() -> None:
 
     # Before any tensor work: threads of a pool would not exist in the children, which would wait for them forever.
     torch.set_num_threads(1)
-    import accord.demos.quickstart  # noqa: F401  (everything a command could need)
+    import peft  # noqa: F401  (accord imports it only where there is an adapter)
+
+    import accord.demos.quickstart  # noqa: F401  (everything else a command could need)
 
     log = Path(tempfile.mkdtemp()) / "log"
     for line in sys.stdin:

@@ -86,6 +86,30 @@ def test_a_stage_killed_at_any_moment_continues_to_the_same_bits(
         assert folders <= 3 * KILLS, "the commands end before they are killed"
 
 
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_a_stage_with_adapters_continues_to_the_same_bits(stage: str, reference: Reference, tmp_path: Path) -> None:
+    """Checkpoints hold the adapters alone; what they stand beside is read from the starting model again."""
+    draw = random.Random(f"kills of {stage} with adapters")
+    adapter = ("--set", "model.adapter.rank=4")
+    whole = reference.before(stage, tmp_path / "whole")
+    code, output, seconds = reference.run(stage, whole, *adapter)
+    assert code == 0, output
+    expected = outcome(whole / stage)
+    assert expected["weights"] != reference.outcomes[stage]["weights"]
+    kills = folders = 0
+    while kills < 3:
+        root = reference.before(stage, tmp_path / f"run{folders}")
+        for moment in (seconds * (0.3 + 0.6 * draw.random()), None):
+            code, output, _ = reference.run(stage, root, *adapter, after=moment)
+            assert code == (-signal.SIGKILL if code else 0), output
+            kills += code != 0
+        assert outcome(root / stage) == expected
+        files = [folder / stage / "adapter" / "adapter_model.safetensors" for folder in (root, whole)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+        folders += 1
+        assert folders <= 9, "the commands end before they are killed"
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_sigterm_saves_and_exits_143_and_the_run_continues_from_there(
     stage: str, reference: Reference, tmp_path: Path

@@ -28,6 +28,7 @@ from accord.methods.online import (
     step_outcome,
 )
 from accord.methods.rollouts import Prompt, Rollout, RolloutModels, collect
+from accord.models.adapters import load_trainable_state, trainable_state
 from accord.models.token_scores import TokenScores, score_tokens
 from accord.training.loop import Captured, StepOutcome
 from accord.training.optim import Optimiser, learning_rate_at
@@ -114,12 +115,12 @@ class OnlineTrainer:
 
     def capture(self) -> Captured:
         return Captured(
-            {"policy": dict(self._models.policy.state_dict()), "policy_optimiser": self._optimiser.tensors()},
+            {"policy": trainable_state(self._models.policy), "policy_optimiser": self._optimiser.tensors()},
             {"policy_optimiser": self._optimiser.counters(), "drift": self.drift},
         )
 
     def restore(self, captured: Captured) -> None:
-        self._models.policy.load_state_dict(captured.tensors["policy"])
+        load_trainable_state(self._models.policy, captured.tensors["policy"])
         self._optimiser.restore(captured.tensors["policy_optimiser"], captured.values["policy_optimiser"])
         self.drift = captured.values["drift"]
 
