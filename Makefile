@@ -26,7 +26,7 @@ quickstart: $(INSTALLED)
 
 test: $(TOOLS)
 	$(BIN)/ruff check src tests scripts
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist loadfile
 
 check: $(TOOLS)
 	$(BIN)/ruff check src tests scripts

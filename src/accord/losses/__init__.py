@@ -17,6 +17,7 @@ from accord.losses.group import (
     scaled_group_advantages,
     token_mean_weights,
 )
+from accord.losses.ilql import ILQLTerm, awac_loss, cql_loss, expectile_loss, ilql_advantages, polyak, q_loss
 from accord.losses.kl import KLLoss, adaptive_kl_coef, categorical_kl, kl_k1, kl_k2, kl_k2_loss, kl_k3, kl_k3_loss
 from accord.losses.kto import UnpairedLoss, bco_loss, class_weights, kto_loss, kto_reference_point
 from accord.losses.masked import masked_mean, masked_sum, mean_logprobs, sequence_logprobs, whiten
@@ -41,6 +42,7 @@ from accord.losses.sft import SFTLoss, sft_loss
 __all__ = [
     "Advantages",
     "EntropyLoss",
+    "ILQLTerm",
     "KLLoss",
     "OddsRatioLoss",
     "PolicyLoss",
@@ -52,6 +54,7 @@ __all__ = [
     "adaptive_kl_coef",
     "apo_down_loss",
     "apo_zero_loss",
+    "awac_loss",
     "batch_advantages",
     "bco_loss",
     "categorical_kl",
@@ -62,11 +65,14 @@ __all__ = [
     "conservative_dpo_loss",
     "constant_length_weights",
     "cpo_loss",
+    "cql_loss",
     "dpo_loss",
     "entropy_loss",
+    "expectile_loss",
     "gae",
     "group_advantages",
     "hinge_loss",
+    "ilql_advantages",
     "ipo_loss",
     "kl_k1",
     "kl_k2",
@@ -80,8 +86,10 @@ __all__ = [
     "mean_logprobs",
     "orpo_loss",
     "pairwise_loss",
+    "polyak",
     "ppo_policy_loss",
     "ppo_value_loss",
+    "q_loss",
     "ranked_loss",
     "rdpo_loss",
     "rloo_advantages",

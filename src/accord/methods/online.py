@@ -15,11 +15,12 @@ from accord.config import RolloutFields
 from accord.data.order import batch_indices
 from accord.losses.masked import masked_mean
 from accord.measures.text import distinct_n, repetition
-from accord.methods.offline import group_passes, peak_memory_mb
+from accord.methods.offline import group_passes
 from accord.methods.rollouts import Rollout, RolloutModels
 from accord.models.layout import CompletionBatch, collate
 from accord.randomness import permutation
 from accord.records import TokenGroup
+from accord.training.environment import peak_memory_mb
 from accord.training.loop import StepOutcome
 
 __all__ = [

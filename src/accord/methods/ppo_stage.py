@@ -9,8 +9,7 @@ from accord.errors import ConfigError
 from accord.methods.context import Context
 from accord.methods.online_stage import Cast, run_rollout_stage
 from accord.methods.ppo import PPOTrainer
-from accord.models.load import reward_model_from, value_model_from
-from accord.randomness import torch_seed
+from accord.models.load import fresh_value_model, value_model_from
 
 __all__ = ["run_ppo"]
 
@@ -21,12 +20,12 @@ def run_ppo(context: Context) -> dict[str, Any]:
     assert section is not None
 
     def trainer(cast: Cast) -> PPOTrainer:
-        return PPOTrainer(cast.models, _value_model(context, section, cast), cast.prompts, section, context.seed)
+        return PPOTrainer(cast.models, _value_model(section, cast), cast.prompts, section, context.seed)
 
     return run_rollout_stage(context, "ppo", section, trainer)
 
 
-def _value_model(context: Context, section: PPOConfig, cast: Cast) -> Any:
+def _value_model(section: PPOConfig, cast: Cast) -> Any:
     policy, reward_model = cast.policy.model, cast.reward_model
     if section.value_init == "reward" and reward_model is not None:
         if reward_model.config.vocab_size != policy.config.vocab_size:
@@ -35,4 +34,4 @@ def _value_model(context: Context, section: PPOConfig, cast: Cast) -> Any:
                 "`ppo.value_init` = policy"
             )
         return value_model_from(reward_model)
-    return reward_model_from(policy, torch_seed(context.seed, "value-head"))
+    return fresh_value_model(policy)
