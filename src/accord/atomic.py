@@ -13,15 +13,20 @@ from typing import Any
 
 from accord.errors import AccordError
 
-__all__ = ["make_folder", "sync", "write_json", "write_text"]
+__all__ = ["make_folder", "sync", "write_bytes", "write_json", "write_text"]
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` (UTF-8) in one step. Raises AccordError naming the path when the disk refuses."""
+    """Replace `path` by `text` (UTF-8), as `write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` by `content` in one step. Raises AccordError naming the path when the disk refuses."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

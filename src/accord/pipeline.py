@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -14,7 +15,9 @@ from accord.evaluation.stage import run_evaluate
 from accord.methods import catalogue
 from accord.methods.context import Context
 from accord.methods.corpus import Corpus
+from accord.methods.online_stage import LEARNERS, run_online
 from accord.methods.ppo_stage import run_ppo
+from accord.methods.preference_stage import run_dpo, run_orpo
 from accord.methods.reward import run_reward
 from accord.methods.sft import run_sft
 from accord.report.overview import overview_report
@@ -25,7 +28,10 @@ __all__ = ["STAGES", "run_stages", "write_overview"]
 STAGES: Mapping[str, Callable[[Context], dict[str, Any]]] = {
     "sft": run_sft,
     "reward": run_reward,
+    "dpo": run_dpo,
+    "orpo": run_orpo,
     "ppo": run_ppo,
+    **{stage: partial(run_online, stage=stage) for stage in LEARNERS},
     "evaluate": run_evaluate,
 }
 

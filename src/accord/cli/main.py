@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from accord import __version__
-from accord.cli import benchmark, data, quickstart, stages
+from accord.cli import benchmark, compare_methods, data, quickstart, stages
 from accord.errors import AccordError
 
 __all__ = ["main"]
@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     quickstart.add_parser(commands)
     data.add_parser(commands)
     stages.add_parsers(commands)
+    compare_methods.add_parser(commands)
     benchmark.add_parser(commands)
     return parser
 

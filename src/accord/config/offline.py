@@ -8,9 +8,10 @@ from pydantic import Field
 
 from accord.config.sections import OfflineFields
 
-__all__ = ["DPOConfig", "ILQLConfig", "KTOConfig", "ORPOConfig", "PairLoss", "RewardConfig", "SFTConfig"]
+__all__ = ["MARGIN_FREE", "DPOConfig", "ILQLConfig", "KTOConfig", "ORPOConfig", "PairLoss", "RewardConfig", "SFTConfig"]
 
 PairLoss = Literal["dpo", "conservative", "robust", "ipo", "hinge", "rdpo", "simpo", "cpo", "apo_zero", "apo_down"]
+MARGIN_FREE: frozenset[PairLoss] = frozenset({"ipo", "apo_zero", "apo_down"})  # losses without a place for margins
 
 
 class SFTConfig(OfflineFields):
@@ -67,7 +68,11 @@ class DPOConfig(OfflineFields):
     sft_coef: float | None = Field(
         None, ge=0, description="Weight of the chosen answers' SFT loss (RPO). Unset: 1 for cpo, 0 for the others."
     )
-    use_margins: bool = Field(True, description="Use the margins of the data where it has them and the loss can.")
+    use_margins: bool = Field(
+        False,
+        description="Ask of each pair an implicit reward larger by the margin of the data: its margin column, or the "
+        "difference of its two scores. Their unit is that of beta times a log-ratio.",
+    )
 
 
 class ORPOConfig(OfflineFields):

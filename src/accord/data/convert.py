@@ -29,7 +29,7 @@ from accord.data.formats_lists import dense_ranks
 from accord.errors import DataError
 from accord.records import Completion, Group, GroupKind
 
-__all__ = ["KINDS", "Conversion", "as_kind", "convert_groups", "nothing_fits", "writing"]
+__all__ = ["KINDS", "Conversion", "as_kind", "convert_groups", "nothing_fits", "pair_margin", "writing"]
 
 KINDS: tuple[GroupKind, ...] = get_args(GroupKind)
 
@@ -164,12 +164,16 @@ def _to_pairs(group: Group, dropped: Counter[str]) -> tuple[Group, ...]:
 
 
 def _pair(group: Group, chosen: Completion, rejected: Completion) -> Group:
-    """Chosen first. A pair keeps its margin; a pair out of a list has the difference of its scores."""
-    made = replace(group, completions=(replace(chosen, rank=0), replace(rejected, rank=1)))
+    """Chosen first."""
+    answers = replace(chosen, rank=0), replace(rejected, rank=1)
+    return replace(group, completions=answers, margin=pair_margin(group, chosen, rejected))
+
+
+def pair_margin(group: Group, chosen: Completion, rejected: Completion) -> float | None:
+    """How much better `chosen` is, in score units: a pair's own margin, else the difference of scores, else unknown."""
     if len(group.completions) == 2 and group.margin is not None:
-        return made
-    scored = chosen.score is not None and rejected.score is not None
-    return replace(made, margin=chosen.score - rejected.score if scored else None)  # type: ignore[operator]
+        return group.margin
+    return None if chosen.score is None or rejected.score is None else chosen.score - rejected.score
 
 
 def _to_rated(group: Group, dropped: Counter[str]) -> tuple[Group, ...]:

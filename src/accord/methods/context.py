@@ -28,6 +28,7 @@ from accord.randomness import torch_seed
 from accord.records import Group, Interval, TokenGroup
 from accord.report.stage import stage_report
 from accord.rewards.scorers import RewardFunction
+from accord.training.environment import peak_memory_mb
 from accord.training.runfolder import RunFolder
 
 __all__ = [
@@ -120,6 +121,7 @@ def run_stage(
                 context.say(note)
             summary = {"stage": stage, **body(run)}
             summary["seconds"] = time.monotonic() - started
+            summary["peak_memory_mb"] = peak_memory_mb()
             run.finish(summary)
             _tell(context, summary)
     if not (folder / "report.html").exists():

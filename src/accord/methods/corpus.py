@@ -57,16 +57,10 @@ class Corpus:
         raise DataError("no demonstrations: set `data.sft` (or `data.preferences`, whose chosen answers would serve)")
 
     def comparisons(self) -> Part:
-        """For the reward model: groups with ranked completions."""
+        """For the reward model, DPO and ORPO: groups with ranked completions."""
         if not self.preferences.groups:
             raise DataError("no comparisons: set `data.preferences` to a file of pairs, rankings or ratings")
         return _converted(self.preferences, "ranked")
-
-    def pairs(self) -> Part:
-        """For DPO and ORPO: groups of a chosen and a rejected answer."""
-        if not self.preferences.groups:
-            raise DataError("no comparisons: set `data.preferences` to a file of pairs, rankings or ratings")
-        return _converted(self.preferences, "pairs")
 
     def ratings(self) -> Part:
         """For KTO and ILQL: answers that are marked good or bad, or scored."""

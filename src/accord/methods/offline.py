@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
@@ -15,6 +14,7 @@ from accord.data.order import batch_indices, epochs_done, micro_batches, num_ste
 from accord.models.layout import CompletionBatch, Layout, collate
 from accord.models.token_scores import score_tokens
 from accord.records import TokenGroup
+from accord.training.environment import peak_memory_mb
 from accord.training.loop import Captured, StepOutcome
 from accord.training.optim import Optimiser, learning_rate_at
 
@@ -25,7 +25,6 @@ __all__ = [
     "PolicyLogprobs",
     "Schedule",
     "group_passes",
-    "peak_memory_mb",
     "sequence_logprobs",
 ]
 
@@ -191,8 +190,3 @@ def group_passes(
 
 def _longest(group: TokenGroup) -> int:
     return len(group.prompt_ids) + max(len(c.ids) for c in group.completions)
-
-
-def peak_memory_mb() -> float:
-    """The most memory this process has held so far, in 10^6 bytes (Linux reports kibibytes)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

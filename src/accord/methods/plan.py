@@ -87,7 +87,7 @@ def _sizes(recipe: Recipe, corpus: Corpus, stage: str) -> tuple[str, str]:
 
 
 def _part(corpus: Corpus, data: str) -> Part:
-    parts = {"demonstrations": corpus.demonstrations, "comparisons": corpus.comparisons, "pairs": corpus.pairs}
+    parts = {"demonstrations": corpus.demonstrations, "comparisons": corpus.comparisons}
     return parts.get(data, corpus.ratings)()
 
 

@@ -51,8 +51,9 @@ class Rollout:
     score_seconds: float
 
     @property
-    def seconds(self) -> float:
-        return self.generate_seconds + self.score_seconds
+    def group_index(self) -> Tensor:
+        """(C,) int64, the group of each completion."""
+        return torch.tensor([g for g, group in enumerate(self.groups) for _ in group.completions])
 
 
 @dataclass(frozen=True, slots=True)

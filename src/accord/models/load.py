@@ -33,6 +33,7 @@ from accord.models.paths import check_model_path
 __all__ = [
     "ModelShape",
     "build_model",
+    "fresh_value_model",
     "load_policy",
     "load_reward_model",
     "reward_model_from",
@@ -129,6 +130,19 @@ def reward_model_from(policy: Any, seed: int) -> Any:
     model.base_model.load_state_dict(policy.base_model.state_dict())
     fill_head(model, seed)
     return model.to(policy.device).eval()
+
+
+def fresh_value_model(policy: Any) -> Any:
+    """A value model that knows nothing yet: a copy of the policy's trunk under a head of zeros.
+
+    It predicts 0 everywhere. A random head's predictions would enter the advantages, and the policy would follow that
+    noise until the value model has unlearned it.
+    Source: the code of Ziegler et al. 2019, arXiv:1909.08593. Departures: a trunk of its own.
+    """
+    model = reward_model_from(policy, seed=0)
+    with torch.no_grad():
+        scalar_head(model).weight.zero_()
+    return model
 
 
 def value_model_from(reward_model: Any) -> Any:
