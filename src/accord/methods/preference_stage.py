@@ -83,7 +83,7 @@ def _run(context: Context, plan: _Plan) -> dict[str, Any]:
     def body(run: RunFolder) -> dict[str, Any]:
         for note in (*part.notes, *notes):
             context.say(note)
-        policy = LoadedPolicy.from_folder(start, context.recipe.model.template)
+        policy = LoadedPolicy.to_train(context, start, stage)
         train, held_out = split_holdout(part.groups, context.recipe.data.holdout)
         items = _items(context, train, policy, plan.use_margins, "comparisons")
         tests = _items(context, held_out, policy, plan.use_margins, "held-out comparisons")
