@@ -16,6 +16,7 @@ from accord.methods import catalogue
 from accord.methods.context import Context
 from accord.methods.corpus import Corpus
 from accord.methods.ilql_stage import run_ilql
+from accord.methods.kto_stage import run_kto
 from accord.methods.online_stage import LEARNERS, run_online
 from accord.methods.ppo_stage import run_ppo
 from accord.methods.preference_stage import run_dpo, run_orpo
@@ -31,6 +32,7 @@ STAGES: Mapping[str, Callable[[Context], dict[str, Any]]] = {
     "reward": run_reward,
     "dpo": run_dpo,
     "orpo": run_orpo,
+    "kto": run_kto,
     "ilql": run_ilql,
     "ppo": run_ppo,
     **{stage: partial(run_online, stage=stage) for stage in LEARNERS},

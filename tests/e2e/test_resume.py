@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support import Zygote, outcome, write_recipe
 
-STAGES = ("sft", "reward", "ppo")
+STAGES = ("sft", "reward", "ppo", "rloo")
 KILLS = 8
 
 
@@ -58,7 +58,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
 def test_the_stages_of_the_reference_run_trained_something(reference: Reference) -> None:
     """Equality of runs says nothing about runs that do nothing."""
     assert len({reference.outcomes[stage]["weights"] for stage in STAGES}) == len(STAGES)
-    for stage, steps in (("sft", 12), ("reward", 12), ("ppo", 9)):
+    for stage, steps in (("sft", 12), ("reward", 12), ("ppo", 9), ("rloo", 9)):
         rows = reference.outcomes[stage]["metrics"]
         assert [row["step"] for row in rows] == list(range(1, steps + 1))
         assert all(row["train/grad_norm"] > 0 and row["train/learning_rate"] > 0 for row in rows)
@@ -84,6 +84,30 @@ def test_a_stage_killed_at_any_moment_continues_to_the_same_bits(
         assert outcome(root / stage) == reference.outcomes[stage]
         folders += 1
         assert folders <= 3 * KILLS, "the commands end before they are killed"
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_a_stage_with_adapters_continues_to_the_same_bits(stage: str, reference: Reference, tmp_path: Path) -> None:
+    """Checkpoints hold the adapters alone; what they stand beside is read from the starting model again."""
+    draw = random.Random(f"kills of {stage} with adapters")
+    adapter = ("--set", "model.adapter.rank=4")
+    whole = reference.before(stage, tmp_path / "whole")
+    code, output, seconds = reference.run(stage, whole, *adapter)
+    assert code == 0, output
+    expected = outcome(whole / stage)
+    assert expected["weights"] != reference.outcomes[stage]["weights"]
+    kills = folders = 0
+    while kills < 3:
+        root = reference.before(stage, tmp_path / f"run{folders}")
+        for moment in (seconds * (0.3 + 0.6 * draw.random()), None):
+            code, output, _ = reference.run(stage, root, *adapter, after=moment)
+            assert code == (-signal.SIGKILL if code else 0), output
+            kills += code != 0
+        assert outcome(root / stage) == expected
+        files = [folder / stage / "adapter" / "adapter_model.safetensors" for folder in (root, whole)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+        folders += 1
+        assert folders <= 9, "the commands end before they are killed"
 
 
 @pytest.mark.parametrize("stage", STAGES)

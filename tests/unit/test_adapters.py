@@ -6,9 +6,11 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForSequenceClassification
 
 from accord.config import SFTConfig
 from accord.errors import ConfigError, TrainingError
@@ -18,10 +20,12 @@ from accord.models.adapters import (
     has_adapter,
     load_trainable_state,
     merged,
+    save_adapter,
+    sharing_copy,
     trainable_state,
 )
 from accord.models.layout import Layout, collate
-from accord.models.load import load_policy, load_reward_model, reward_model_from, save_model
+from accord.models.load import fresh_value_model, load_policy, load_reward_model, reward_model_from, save_model
 from accord.models.token_scores import score_completions, score_tokens
 from accord.training.optim import Optimiser
 from models_support import ARCHITECTURES, PAD_ID, tiny_model, token_group, word_tokenizer
@@ -246,23 +250,112 @@ def test_a_merged_model_is_saved_and_loaded_like_any_other(architecture: str, tm
 # --- models with a scalar head ---------------------------------------------------------------------------------------
 
 
+def scores(model: Any) -> Tensor:
+    with torch.no_grad():
+        return score_completions(model, collate(GROUPS, layout="shared", pad_id=PAD_ID))
+
+
+def train_scores(model: Any) -> None:
+    optimiser = Optimiser(model, SFTConfig.model_validate({}))
+    for _ in range(3):
+        score_completions(model, collate(GROUPS, layout="shared", pad_id=PAD_ID)).sum().backward()
+        assert optimiser.update(0.01).applied
+
+
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_a_reward_model_trains_its_adapter_and_its_head(architecture: str, tmp_path: Path) -> None:
     model = reward_model_from(tiny_model(architecture), seed=0)
-    batch = collate(GROUPS, layout="shared", pad_id=PAD_ID)
-    before = score_completions(model, batch).detach()
+    before = scores(model)
     add_adapter(model, rank=4, alpha=8, targets=(), seed=0)
-    assert torch.equal(score_completions(model, batch), before)
+    assert torch.equal(scores(model), before)
     assert trainable_state(model).keys() == adapter_names(model) | {"score.weight"}
-    optimiser = Optimiser(model, SFTConfig.model_validate({}))
-    for _ in range(3):
-        score_completions(model, batch).sum().backward()
-        optimiser.update(0.01)
+    train_scores(model)
     save_model(merged(model), word_tokenizer(), tmp_path / "model")
     loaded, _ = load_reward_model(tmp_path / "model")
-    found = score_completions(model, batch).detach()
-    assert float((found - before).abs().max()) > 0.1
-    torch.testing.assert_close(score_completions(loaded, batch).detach(), found, rtol=1e-5, atol=1e-5)
+    assert float((scores(model) - before).abs().max()) > 0.1
+    torch.testing.assert_close(scores(loaded), scores(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_a_reward_model_of_an_adapted_policy_is_that_of_the_policy_without_adapter(architecture: str) -> None:
+    policy = adapted(architecture)
+    train(policy)
+    model = reward_model_from(policy, seed=3)
+    assert not has_adapter(model)
+    assert torch.equal(scores(model), scores(reward_model_from(tiny_model(architecture), seed=3)))
+
+
+def test_a_value_model_that_shares_the_reward_models_weights_learns_without_changing_its_scores() -> None:
+    reward_model = reward_model_from(tiny_model("gpt2"), seed=0)
+    value_model = sharing_copy(reward_model)
+    add_adapter(value_model, rank=4, alpha=8, targets=(), seed=0)
+    before = scores(reward_model)
+    assert torch.equal(scores(value_model), before)
+    train_scores(value_model)
+    assert torch.equal(scores(reward_model), before)
+    assert float((scores(value_model) - before).abs().max()) > 0.1
+    addresses = [
+        {p.data_ptr() for p in m.base_model.parameters() if not p.requires_grad} for m in (reward_model, value_model)
+    ]
+    assert addresses[0] == addresses[1] != set()
+    assert reward_model.score.weight.data_ptr() != value_model.score.weight.data_ptr()
+
+
+def test_a_fresh_value_model_of_an_adapted_policy_shares_its_weights_and_neither_moves_the_other() -> None:
+    policy = adapted("llama")
+    value_model = fresh_value_model(policy)
+    add_adapter(value_model, rank=4, alpha=8, targets=(), seed=0)
+    trunk = value_model.base_model.embed_tokens.weight
+    assert trunk.data_ptr() == policy.base_model.embed_tokens.weight.data_ptr() and not trunk.requires_grad
+    said_before = said(policy)
+    train_scores(value_model)
+    assert torch.equal(said(policy), said_before)
+    scores_before = scores(value_model)
+    train(policy)
+    assert torch.equal(scores(value_model), scores_before)
+    assert float(scores_before.abs().max()) > 0
+
+
+# --- peft's own format -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_peft_loads_a_policys_adapter_on_top_of_the_model_it_was_trained_on(architecture: str, tmp_path: Path) -> None:
+    base = save_model(tiny_model(architecture), word_tokenizer(), tmp_path / "base")
+    model = adapted(architecture)
+    train(model)
+    save_adapter(model, tmp_path / "adapter", base=str(base))
+    assert sorted(p.name for p in (tmp_path / "adapter").glob("adapter*")) == [
+        "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(said(loaded.base_model.model), said(model))
+    assert float((said(model) - said(load_policy(base)[0])).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_peft_loads_a_reward_models_adapter_with_its_head(architecture: str, tmp_path: Path) -> None:
+    base = save_model(tiny_model(architecture), word_tokenizer(), tmp_path / "base")
+    model = reward_model_from(tiny_model(architecture), seed=0)
+    add_adapter(model, rank=4, alpha=8, targets=(), seed=0)
+    train_scores(model)
+    save_adapter(model, tmp_path / "adapter", base=str(base))
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1).eval()
+    loaded = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")
+    inputs = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=inputs).logits, model(input_ids=inputs).logits)
+
+
+def test_the_files_of_an_adapter_are_equal_in_every_process(tmp_path: Path) -> None:
+    """A set of texts has another order in every process; here it is given another order."""
+    model = adapted("llama")
+    save_adapter(model, tmp_path / "first", base="base")
+    config = model.peft_config["default"]
+    config.target_modules = list(config.target_modules)[::-1]
+    save_adapter(model, tmp_path / "second", base="base")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 
 
 # --- what a checkpoint holds -----------------------------------------------------------------------------------------

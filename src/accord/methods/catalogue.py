@@ -9,7 +9,7 @@ from typing import Literal
 
 __all__ = ["POLICY_STAGES", "STAGES", "Stage"]
 
-Data = Literal["demonstrations", "comparisons", "ratings", "prompts", "evaluation"]
+Data = Literal["demonstrations", "comparisons", "labels", "ratings", "prompts", "evaluation"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ _STAGES = (
     ),
     Stage(
         "kto", "Policy trained with KTO", "learn from answers marked good or bad (KTO, BCO)",
-        "ratings", 1, 0, "policy",
+        "labels", 1, 0, "policy",
         "accord kto recipe.yaml --set kto.beta=0.1",
         needs="single answers marked good or bad (pairs convert); reference log-probabilities, computed once",
         costs="1 model trained; one more forward pass a step for the reference point",

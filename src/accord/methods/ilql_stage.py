@@ -80,7 +80,7 @@ def run_ilql(context: Context) -> dict[str, Any]:
     def body(run: RunFolder) -> dict[str, Any]:
         for note in (*part.notes, *_marks(part.groups)):
             context.say(note)
-        policy = LoadedPolicy.from_folder(start, context.recipe.model.template)
+        policy = LoadedPolicy.to_train(context, start, "ilql")
         train, held_out = split_holdout(part.groups, context.recipe.data.holdout)
         raw = _items(context, train, policy, "rated answers")
         scale = ReturnScale.of([value for item in raw for value in item.returns])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from accord.config import OptimiserFields
 from accord.data.order import batch_indices, epochs_done, micro_batches, num_steps
+from accord.models.adapters import load_trainable_state, trainable_state
 from accord.models.layout import CompletionBatch, Layout, collate
 from accord.models.token_scores import score_tokens
 from accord.records import TokenGroup
@@ -143,7 +144,7 @@ class OfflineTrainer(Generic[Item]):
 
     def capture(self) -> Captured:
         return Captured(
-            {"model": dict(self._model.state_dict()), "optimiser": self._optimiser.tensors()},
+            {"model": trainable_state(self._model), "optimiser": self._optimiser.tensors()},
             {
                 "optimiser": self._optimiser.counters(),
                 "tokens": self._tokens,
@@ -153,7 +154,7 @@ class OfflineTrainer(Generic[Item]):
         )
 
     def restore(self, captured: Captured) -> None:
-        self._model.load_state_dict(captured.tensors["model"])
+        load_trainable_state(self._model, captured.tensors["model"])
         self._optimiser.restore(captured.tensors["optimiser"], captured.values["optimiser"])
         self._tokens, self._sequences = captured.values["tokens"], captured.values["sequences"]
         if self._memory is not None:
@@ -166,11 +167,12 @@ class OfflineTrainer(Generic[Item]):
 
 
 def sequence_logprobs(model: Any, groups: Sequence[TokenGroup], *, layout: Layout, pad_id: int, budget: int) -> Tensor:
-    """(C,) log-probability of every completion's counted tokens, summed, in the groups' order; without gradient."""
+    """(C,) log-probability of every completion's counted tokens, summed, in the groups' order; without gradient, in
+    float32 at least."""
     first = [0]
     for group in groups:
         first.append(first[-1] + len(group.completions))
-    result = torch.zeros(first[-1])
+    result = torch.zeros(first[-1], dtype=torch.promote_types(model.dtype, torch.float32))
     for indices in group_passes(range(len(groups)), lambda i: groups[i], layout, budget):
         batch = collate([groups[i] for i in indices], layout=layout, pad_id=pad_id)
         with torch.no_grad():

@@ -67,7 +67,7 @@ def run_rollout_stage(
     def body(run: RunFolder) -> dict[str, Any]:
         for note in part.notes:
             context.say(note)
-        policy = LoadedPolicy.from_folder(start, context.recipe.model.template)
+        policy = LoadedPolicy.to_train(context, start, stage)
         prompts = step_prompts(context, policy, section.max_new_tokens)
         check_prompts(stage, section, len(prompts))
         scorer, reward_model = judges.scorer(context, section.micro_batch_tokens)

@@ -7,7 +7,7 @@ The learners are in `methods/learners.py`.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,13 +28,14 @@ from accord.methods.online import (
     step_outcome,
 )
 from accord.methods.rollouts import Prompt, Rollout, RolloutModels, collect
+from accord.models.adapters import load_trainable_state, trainable_state
 from accord.models.token_scores import TokenScores, score_tokens
 from accord.training.loop import Captured, StepOutcome
 from accord.training.optim import Optimiser, learning_rate_at
 
 __all__ = ["Learner", "Lesson", "OnlineTrainer", "Size"]
 
-Sums = dict[str, float | Tensor]
+Sums = Mapping[str, float | Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +115,12 @@ class OnlineTrainer:
 
     def capture(self) -> Captured:
         return Captured(
-            {"policy": dict(self._models.policy.state_dict()), "policy_optimiser": self._optimiser.tensors()},
+            {"policy": trainable_state(self._models.policy), "policy_optimiser": self._optimiser.tensors()},
             {"policy_optimiser": self._optimiser.counters(), "drift": self.drift},
         )
 
     def restore(self, captured: Captured) -> None:
-        self._models.policy.load_state_dict(captured.tensors["policy"])
+        load_trainable_state(self._models.policy, captured.tensors["policy"])
         self._optimiser.restore(captured.tensors["policy_optimiser"], captured.values["policy_optimiser"])
         self.drift = captured.values["drift"]
 

@@ -34,6 +34,7 @@ from accord.methods.online import (
     whole,
 )
 from accord.methods.rollouts import Prompt, Rollout, RolloutModels, collect, per_token
+from accord.models.adapters import load_trainable_state, trainable_state
 from accord.models.token_scores import score_tokens, score_values
 from accord.training.loop import Captured, StepOutcome
 from accord.training.optim import Optimiser, learning_rate_at
@@ -94,8 +95,8 @@ class PPOTrainer:
     def capture(self) -> Captured:
         return Captured(
             {
-                "policy": dict(self._models.policy.state_dict()),
-                "value": dict(self._value.state_dict()),
+                "policy": trainable_state(self._models.policy),
+                "value": trainable_state(self._value),
                 "policy_optimiser": self._policy_optimiser.tensors(),
                 "value_optimiser": self._value_optimiser.tensors(),
             },
@@ -109,8 +110,8 @@ class PPOTrainer:
 
     def restore(self, captured: Captured) -> None:
         tensors, values = captured.tensors, captured.values
-        self._models.policy.load_state_dict(tensors["policy"])
-        self._value.load_state_dict(tensors["value"])
+        load_trainable_state(self._models.policy, tensors["policy"])
+        load_trainable_state(self._value, tensors["value"])
         self._policy_optimiser.restore(tensors["policy_optimiser"], values["policy_optimiser"])
         self._value_optimiser.restore(tensors["value_optimiser"], values["value_optimiser"])
         self._kl_coef, self.drift = values["kl_coef"], values["drift"]

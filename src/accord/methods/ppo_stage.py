@@ -6,9 +6,10 @@ from typing import Any
 
 from accord.config import PPOConfig
 from accord.errors import ConfigError
-from accord.methods.context import Context
+from accord.methods.context import Context, adapt
 from accord.methods.online_stage import Cast, run_rollout_stage
 from accord.methods.ppo import PPOTrainer
+from accord.models.adapters import sharing_copy
 from accord.models.load import fresh_value_model, value_model_from
 
 __all__ = ["run_ppo"]
@@ -20,12 +21,12 @@ def run_ppo(context: Context) -> dict[str, Any]:
     assert section is not None
 
     def trainer(cast: Cast) -> PPOTrainer:
-        return PPOTrainer(cast.models, _value_model(section, cast), cast.prompts, section, context.seed)
+        return PPOTrainer(cast.models, _value_model(context, section, cast), cast.prompts, section, context.seed)
 
     return run_rollout_stage(context, "ppo", section, trainer)
 
 
-def _value_model(section: PPOConfig, cast: Cast) -> Any:
+def _value_model(context: Context, section: PPOConfig, cast: Cast) -> Any:
     policy, reward_model = cast.policy.model, cast.reward_model
     if section.value_init == "reward" and reward_model is not None:
         if reward_model.config.vocab_size != policy.config.vocab_size:
@@ -33,5 +34,8 @@ def _value_model(section: PPOConfig, cast: Cast) -> Any:
                 "`ppo.value_init` = reward, but the reward model reads another vocabulary than the policy writes: set "
                 "`ppo.value_init` = policy"
             )
-        return value_model_from(reward_model)
-    return fresh_value_model(policy)
+        value = value_model_from(reward_model) if context.recipe.model.adapter is None else sharing_copy(reward_model)
+    else:
+        value = fresh_value_model(policy)
+    adapt(context, value, "ppo", "value")
+    return value

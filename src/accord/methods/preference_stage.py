@@ -26,7 +26,8 @@ from accord.methods.context import (
     weights_hash,
 )
 from accord.methods.corpus import Part, split_holdout
-from accord.methods.offline import OfflineTrainer, sequence_logprobs
+from accord.methods.likelihood import LikelihoodChange, policy_logprobs, start_logprobs
+from accord.methods.offline import OfflineTrainer
 from accord.methods.preference import (
     REFERENCE_FREE,
     SOFT_LABEL_FREE,
@@ -44,8 +45,6 @@ from accord.training.loop import run_training
 from accord.training.runfolder import RunFolder
 
 __all__ = ["run_dpo", "run_orpo"]
-
-MUCH_LESS_LIKELY = 0.1  # nats a token: each token of the chosen answers has become 10% less likely
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,30 +77,33 @@ def _run(context: Context, plan: _Plan) -> dict[str, Any]:
     start = starting_model(context, section.init)
     part = context.corpus.comparisons()
     notes = _agreed(plan, part)
-    sources = part.sources | weights_hash(start)
+    weights = weights_hash(start)
+    sources = part.sources | weights
 
     def body(run: RunFolder) -> dict[str, Any]:
         for note in (*part.notes, *notes):
             context.say(note)
-        policy = LoadedPolicy.from_folder(start, context.recipe.model.template)
+        policy = LoadedPolicy.to_train(context, start, stage)
         train, held_out = split_holdout(part.groups, context.recipe.data.holdout)
         items = _items(context, train, policy, plan.use_margins, "comparisons")
         tests = _items(context, held_out, policy, plan.use_margins, "held-out comparisons")
         if not items:
             raise DataError(f"the {stage} stage has no pair to learn from: the answers compared are all alike")
         layout = choose_layout(context, policy.model, [item.tokens for item in items], policy.pad_id)
-
-        def logprobs(of: Sequence[RankedAnswers]) -> Tensor:
-            budget = section.micro_batch_tokens
-            groups = [item.tokens for item in of]
-            return sequence_logprobs(policy.model, groups, layout=layout, pad_id=policy.pad_id, budget=budget)
-
-        if plan.loss not in REFERENCE_FREE:
-            items, tests = (_with_reference(of, logprobs(of)) for of in (items, tests))
-        before = logprobs(tests)
+        budget = section.micro_batch_tokens
+        logprobs = policy_logprobs(policy, layout, budget)
+        test_tokens = [item.tokens for item in tests]
+        if plan.loss in REFERENCE_FREE:
+            before = logprobs(test_tokens)
+        else:
+            tokens = [item.tokens for item in (*items, *tests)]
+            known = start_logprobs(context, run, policy, weights, tokens, layout=layout, budget=budget)
+            both = _with_reference([*items, *tests], known)
+            items, tests = both[: len(items)], both[len(items) :]
+            before = torch.tensor([value for item in tests for value in item.ref_logprobs])
 
         def measure() -> dict[str, float]:
-            return _measured(plan.objective, tests, logprobs(tests)) if tests else {}
+            return _measured(plan.objective, tests, logprobs(test_tokens)) if tests else {}
 
         trainer = OfflineTrainer(
             stage, policy.model, items, section, section, plan.objective,
@@ -112,7 +114,7 @@ def _run(context: Context, plan: _Plan) -> dict[str, Any]:
             f"{trainer.total_steps} steps of {section.batch_size}"
         )
         run_training(trainer, run, context.console)
-        summary = _summary(plan, items, trainer.total_steps, tests, before, logprobs(tests))
+        summary = _summary(plan, items, trainer.total_steps, tests, before, logprobs(test_tokens))
         summary["account"] += data_note(part)
         policy.save(run.path / "model", model_card(context.recipe, stage, start, sources, summary))
         return summary
@@ -189,44 +191,28 @@ def _summary(
     prompts = [item.tokens.prompt_id for item in tests for _ in item.pairs]
     margins = plan.objective.margins(tests, after)
     accuracy = win_rate([1.0 if d > 0 else 0.5 if d == 0 else 0.0 for d in margins], prompts)
-    chosen, rejected = pair_indices(tests)
-    changes = [cluster_interval((after - before)[index].tolist(), prompts) for index in (chosen, rejected)]
     account.append(
         f"On {len(margins):,} held-out pairs its implicit reward agrees with the annotators {accuracy.value:.1%} of "
         f"the time (95% interval {accuracy.low:.1%} to {accuracy.high:.1%}). Whether it also writes better answers, "
-        f"`accord evaluate` measures. The chosen answers' log-probability changed by "
-        f"{changes[0].value:+.2f} nats on average, the rejected ones' by {changes[1].value:+.2f}."
+        "`accord evaluate` measures."
     )
     lengths = torch.tensor([length for item in tests for length in item.lengths])
-    change_per_token = float((after - before)[chosen].sum() / lengths[chosen].sum())
+    chosen, rejected = (
+        LikelihoodChange.of(name, (after - before)[index].tolist(), prompts, int(lengths[index].sum()))
+        for name, index in zip(("chosen", "rejected"), pair_indices(tests), strict=True)
+    )
+    account += [chosen.account(), rejected.account()]
     warnings = []
     if accuracy.low <= 0.5:
         warnings.append("This policy does not tell chosen from rejected answers better than guessing.")
-    if changes[0].high < 0 and change_per_token < -MUCH_LESS_LIKELY:
-        warnings.append(
-            f"The chosen answers became less likely, by {-change_per_token:.2f} nats a token: what the rejected ones "
-            f"lost went to answers that nobody compared. {_remedy(plan)}"
-        )
-    return {
-        "headline": [
-            headline("eval/accuracy", accuracy),
-            headline("eval/margin/mean", cluster_interval(margins, prompts)),
-            *(
-                headline(
-                    f"change of the {name} answers' log-probability",
-                    change,
-                    unit="nats per completion",
-                    meaning=f"Held-out {name} answers: log-probability after training less before, a mean over pairs.",
-                )
-                for name, change in zip(("chosen", "rejected"), changes, strict=True)
-            ),
-        ],
-        "account": account,
-        "warnings": warnings,
-    }
+    if chosen.fell_far:
+        warnings.append(chosen.warning(_remedy(plan)))
+    rows = [headline("eval/accuracy", accuracy), headline("eval/margin/mean", cluster_interval(margins, prompts))]
+    return {"headline": [*rows, chosen.row(), rejected.row()], "account": account, "warnings": warnings}
 
 
 def _remedy(plan: _Plan) -> str:
+    """After a colon: what to do against probability that went to answers that nobody compared."""
     if plan.stage == "orpo":
-        return "Lower `orpo.odds_ratio_coef` or `orpo.learning_rate`."
-    return "Raise `dpo.sft_coef` or `dpo.beta`, lower `dpo.learning_rate`, or use `dpo.loss` = apo_zero."
+        return "lower `orpo.odds_ratio_coef` or `orpo.learning_rate`"
+    return "raise `dpo.sft_coef` or `dpo.beta`, lower `dpo.learning_rate`, or use `dpo.loss` = apo_zero"

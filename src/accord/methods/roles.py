@@ -21,6 +21,7 @@ from accord.methods.context import (
 )
 from accord.methods.corpus import split_holdout
 from accord.methods.rollouts import Prompt, RolloutModels
+from accord.models.adapters import has_adapter
 from accord.models.load import load_reward_model
 from accord.records import TokenCompletion, TokenGroup
 from accord.rewards.scorers import FunctionScorer, ModelScorer, Scorer, load_function
@@ -129,8 +130,9 @@ def rollout_models(
     gold: Scorer | None,
     prompts: list[TokenGroup],
 ) -> RolloutModels:
-    """The cast of a rollout; the reference is a frozen copy of the policy as it is now."""
-    reference = copy.deepcopy(policy.model).requires_grad_(False)
+    """The cast of a rollout; the reference is a frozen copy of the policy as it is now, or the policy itself without
+    its adapter."""
+    reference = policy.model if has_adapter(policy.model) else copy.deepcopy(policy.model).requires_grad_(False)
     n = section.samples_per_prompt
     shapes = [TokenGroup(t.prompt_ids, (_filler(t, section.max_new_tokens),) * n) for t in prompts[:64]]
     return RolloutModels(

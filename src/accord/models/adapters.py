@@ -15,12 +15,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from accord.atomic import new_folder
 from accord.errors import ConfigError, TrainingError
 from accord.models.heads import scalar_head
 
@@ -30,6 +33,9 @@ __all__ = [
     "has_adapter",
     "load_trainable_state",
     "merged",
+    "plain_state",
+    "save_adapter",
+    "sharing_copy",
     "trainable_state",
 ]
 
@@ -111,16 +117,46 @@ def merged(model: Any) -> Any:
     return plain
 
 
-def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint must hold of a model: everything when everything trains, else the trained tensors alone.
+def plain_state(module: nn.Module) -> dict[str, Tensor]:
+    """The `state_dict` of the module without its adapter: the frozen weights, under the names they had before."""
+    state = {name: tensor for name, tensor in module.state_dict().items() if ".lora_" not in name}
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}
 
-    Everything means the `state_dict`: tied weights under each of their names, and buffers.
+
+def sharing_copy(model: Any) -> Any:
+    """A copy of a model with a scalar head that has a head of its own and shares all other weights: for an adapter,
+    which leaves those alone. So two models that start from one cost the memory of one."""
+    own = {id(parameter) for parameter in scalar_head(model).parameters()}
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in own})
+
+
+def save_adapter(model: Any, folder: Path, *, base: str) -> None:
+    """Writes the adapter, and a scalar head with it, as a folder that peft loads on top of the model `base`.
+
+    The folder is written whole or not at all, and replaces what was there.
     """
-    state = model.state_dict()
-    names = {name for name, p in model.named_parameters() if p.requires_grad}
-    if all(parameter.requires_grad for parameter in model.parameters()):
-        return dict(state)
-    return {name: tensor for name, tensor in state.items() if name in names}
+    from peft.functional import get_peft_model_state_dict
+
+    config = copy.copy(model.peft_config[_NAME])
+    config.base_model_name_or_path = base
+    config.inference_mode = True
+    config.target_modules = sorted(config.target_modules)  # a set has another order in every process
+    tensors = get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False)
+    if model.get_output_embeddings() is None:
+        tensors |= {f"score.{name}": tensor for name, tensor in scalar_head(model).state_dict().items()}
+    named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
+    with new_folder(folder) as partial:
+        config.save_pretrained(str(partial))
+        save_file(named, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint must hold of a model: its `state_dict` but for the parameters that are frozen.
+
+    When everything trains that is everything: tied weights under each of their names, and buffers.
+    """
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
 
 
 def load_trainable_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -14,7 +14,9 @@ import accord
 __all__ = ["environment", "environment_changes", "peak_memory_mb"]
 
 # Reductions are split by thread and vectorised by CPU capability, and every version may sum in another order.
-DECIDES_BITS = ("accord", "torch", "transformers", "tokenizers", "numpy", "cpu", "cpu_capability", "threads", "gpus")
+DECIDES_BITS = (
+    "accord", "torch", "transformers", "peft", "tokenizers", "numpy", "cpu", "cpu_capability", "threads", "gpus",
+)  # fmt: skip
 
 
 def environment() -> dict[str, Any]:
@@ -24,7 +26,7 @@ def environment() -> dict[str, Any]:
     return {
         "accord": accord.__version__,
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "tokenizers", "safetensors", "numpy")},
+        **{name: version(name) for name in ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")},
         "platform": platform.platform(),
         "cpu": _cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

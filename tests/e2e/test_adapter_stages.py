@@ -1,0 +1,119 @@
+"""Whole stages with adapters: they learn, and leave a plain model and an adapter that peft reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file
+from support import RECIPE, write_pairs
+from transformers import AutoModelForSequenceClassification
+
+from accord.config import recipe_from
+from accord.methods.corpus import read_corpus
+from accord.models.load import load_policy
+from accord.pipeline import run_stages
+
+RANK = 4
+
+
+@dataclass(frozen=True)
+class Run:
+    root: Path
+    summaries: dict[str, dict[str, Any]]
+
+    def weights(self, stage: str) -> dict[str, torch.Tensor]:
+        return load_file(self.root / stage / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    folder = tmp_path_factory.mktemp("adapters")
+    pairs = str(write_pairs(folder / "pairs.jsonl"))
+    adapter = {"rank": RANK, "alpha": 2 * RANK}
+    recipe = recipe_from(
+        RECIPE
+        | {
+            "model": RECIPE["model"] | {"adapter": adapter},
+            "data": RECIPE["data"] | {"preferences": pairs},
+            "out": str(folder / "run"),
+        }
+    )
+    before = torch.get_num_threads()
+    summaries = run_stages(recipe, read_corpus(recipe.data), ["sft", "reward", "ppo"], Console(quiet=True), {})
+    torch.set_num_threads(before)
+    yield Run(folder / "run", summaries)
+
+
+def start_of(stage: str) -> str:
+    return "base" if stage == "sft" else "sft"
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_what_was_trained_is_of_low_rank_and_everything_else_is_as_it_was(stage: str, finished: Run) -> None:
+    before, after = finished.weights(start_of(stage)), finished.weights(stage)
+    assert after.keys() - before.keys() == ({"score.weight"} if stage == "reward" else set())
+    matrices = [name for name, weight in before.items() if weight.ndim == 2 and name in after]
+    changes = {name: (after[name] - before[name]).double() for name in matrices}
+    ranks = {name: int(torch.linalg.matrix_rank(change, atol=1e-5)) for name, change in changes.items()}
+    assert {rank for name, rank in ranks.items() if "proj" in name} == {RANK}
+    assert all(torch.equal(after[name], old) for name, old in before.items() if "proj" not in name and name in after)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_checkpoints_hold_the_adapters_and_the_heads(stage: str, finished: Run) -> None:
+    newest = sorted((finished.root / stage / "checkpoints").iterdir())[-1]
+    names: dict[str, set[str]] = {}
+    for file in newest.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            names[file.stem] = set(tensors.keys())
+    models = {"policy", "value"} if stage == "ppo" else {"model"}
+    assert all(names[model] for model in models)
+    others = {name for model in models for name in names[model] if ".lora_" not in name}
+    assert others == (set() if stage == "sft" else {"score.weight"})
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_peft_on_top_of_the_starting_model_is_the_saved_model(stage: str, finished: Run) -> None:
+    folder = finished.root / stage
+    adapted = peft.AutoPeftModelForCausalLM.from_pretrained(folder / "adapter")
+    assert Path(adapted.peft_config["default"].base_model_name_or_path) == finished.root / start_of(stage) / "model"
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        logits = [model(input_ids=ids).logits for model in (adapted, load_policy(folder / "model")[0])]
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-5)
+
+
+def test_peft_loads_the_reward_models_adapter_with_its_head(finished: Run) -> None:
+    """Its head was moved after training, so that scores are 0 on average: in the adapter as in the model."""
+    base, folder = finished.root / "sft" / "model", finished.root / "reward"
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1).eval()
+    saved = AutoModelForSequenceClassification.from_pretrained(folder / "model").eval()
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        scores = [m(input_ids=ids).logits for m in (peft.PeftModel.from_pretrained(plain, folder / "adapter"), saved)]
+    torch.testing.assert_close(scores[0], scores[1], rtol=1e-5, atol=1e-5)
+
+
+def test_the_stages_learn(finished: Run) -> None:
+    rows = {
+        stage: [json.loads(line) for line in (finished.root / stage / "metrics.jsonl").read_text().splitlines()]
+        for stage in ("sft", "reward", "ppo")
+    }
+    assert rows["sft"][-1]["eval/loss"] < rows["sft"][2]["eval/loss"]
+    assert rows["reward"][-1]["eval/accuracy"] > 0.9
+    assert rows["ppo"][0]["rollout/kl_per_token_nats"] == 0.0 != rows["ppo"][1]["rollout/kl_per_token_nats"]
+    assert rows["ppo"][-1]["rollout/score/mean"] > rows["ppo"][0]["rollout/score/mean"]
+
+
+def test_the_card_says_that_an_adapter_was_trained(finished: Run) -> None:
+    card = (finished.root / "ppo" / "model" / "README.md").read_text()
+    assert "a low-rank adapter of all linear layers (rank 4, alpha 8)" in card
