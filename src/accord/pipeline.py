@@ -15,6 +15,7 @@ from accord.evaluation.stage import run_evaluate
 from accord.methods import catalogue
 from accord.methods.context import Context
 from accord.methods.corpus import Corpus
+from accord.methods.ilql_stage import run_ilql
 from accord.methods.kto_stage import run_kto
 from accord.methods.online_stage import LEARNERS, run_online
 from accord.methods.ppo_stage import run_ppo
@@ -32,6 +33,7 @@ STAGES: Mapping[str, Callable[[Context], dict[str, Any]]] = {
     "dpo": run_dpo,
     "orpo": run_orpo,
     "kto": run_kto,
+    "ilql": run_ilql,
     "ppo": run_ppo,
     **{stage: partial(run_online, stage=stage) for stage in LEARNERS},
     "evaluate": run_evaluate,
