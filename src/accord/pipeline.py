@@ -16,6 +16,7 @@ from accord.methods.context import Context
 from accord.methods.corpus import Corpus
 from accord.methods.ppo_stage import run_ppo
 from accord.methods.reward import run_reward
+from accord.methods.rft_stage import run_rft
 from accord.methods.sft import run_sft
 from accord.report.overview import overview_report
 from accord.rewards.scorers import RewardFunction
@@ -26,6 +27,7 @@ STAGES: Mapping[str, Callable[[Context], dict[str, Any]]] = {
     "sft": run_sft,
     "reward": run_reward,
     "ppo": run_ppo,
+    "rft": run_rft,
     "evaluate": run_evaluate,
 }
 
