@@ -39,7 +39,7 @@ def prompts() -> list[tuple[Group, TokenGroup]]:
 
 def section(**changes: Any) -> RFTConfig:
     fields: dict[str, Any] = {
-        "cycles": 2, "improve_steps": 3, "samples_per_prompt": 8, "max_new_tokens": 6, "learning_rate": 0.01,
+        "cycles": 2, "improve_steps": 3, "samples_per_prompt": 8, "max_new_tokens": 6, "learning_rate": 0.001,
         "batch_size": 5, "epochs": 2, "start_quantile": 0.4, "end_quantile": 0.8, "samples_every": 2,
     }  # fmt: skip
     return RFTConfig(**(fields | changes))
