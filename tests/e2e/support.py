@@ -55,6 +55,17 @@ RECIPE: dict[str, Any] = {
         "target_kl": 1.0,
         "kl_horizon": 50,
     },
+    "rloo": {
+        "prompts_per_step": 4,
+        "samples_per_prompt": 3,
+        "episodes": 108,
+        "max_new_tokens": 8,
+        "update_epochs": 2,
+        "minibatches": 2,
+        "checkpoint_every": 2,
+        "samples_every": 2,
+        "learning_rate": 3e-3,
+    },
 }
 
 

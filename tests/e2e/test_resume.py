@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support import Zygote, outcome, write_recipe
 
-STAGES = ("sft", "reward", "ppo")
+STAGES = ("sft", "reward", "ppo", "rloo")
 KILLS = 8
 
 
@@ -58,7 +58,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
 def test_the_stages_of_the_reference_run_trained_something(reference: Reference) -> None:
     """Equality of runs says nothing about runs that do nothing."""
     assert len({reference.outcomes[stage]["weights"] for stage in STAGES}) == len(STAGES)
-    for stage, steps in (("sft", 12), ("reward", 12), ("ppo", 9)):
+    for stage, steps in (("sft", 12), ("reward", 12), ("ppo", 9), ("rloo", 9)):
         rows = reference.outcomes[stage]["metrics"]
         assert [row["step"] for row in rows] == list(range(1, steps + 1))
         assert all(row["train/grad_norm"] > 0 and row["train/learning_rate"] > 0 for row in rows)

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-__all__ = ["METHODS", "add_parser"]
+from accord.methods.catalogue import POLICY_STAGES
 
-METHODS = ("sft", "ppo", "rloo", "grpo", "reinforce", "online_dpo")
+__all__ = ["add_parser"]
 
 
 def add_parser(commands: Any) -> None:
@@ -28,7 +28,7 @@ def add_parser(commands: Any) -> None:
         "  accord benchmark randomwalks --method ppo --set ppo.kl_coef=0.1 --json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    walks.add_argument("--method", choices=METHODS, default="ppo", help="what to train after sft (default: ppo)")
+    walks.add_argument("--method", choices=POLICY_STAGES, default="ppo", help="what to train after sft (default: ppo)")
     walks.add_argument(
         "--seed", type=int, default=0, help="seed of the training; the graph stays the same (default: 0)"
     )

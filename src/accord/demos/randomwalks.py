@@ -18,6 +18,7 @@ from rich.console import Console
 from accord.config import Recipe, recipe_from
 from accord.config.load import merged, overrides_tree
 from accord.data.templates import Template
+from accord.demos.walk_preferences import with_preferences
 from accord.evaluation.exact_walks import WalksEvaluation, exact_evaluation
 from accord.methods.context import Context, headline, run_stage
 from accord.methods.corpus import Corpus, Part
@@ -30,7 +31,9 @@ from accord.training.runfolder import RunFolder
 
 __all__ = ["METHODS", "WalksResult", "run_randomwalks"]
 
-METHODS = ("sft", "ppo", "rloo", "grpo", "reinforce", "online_dpo")
+METHODS = ("sft", "dpo", "orpo", "kto", "ppo", "rloo", "grpo", "reinforce", "online_dpo")
+# Learn from preferences over the behaviour clone's walks.
+FROM_PAIRS = ("dpo", "orpo", "kto")
 PAD, EOS = "<pad>", "<eos>"
 # The benchmark's model: 6 blocks of width 144 with 12 heads, 1.66 million parameters.
 SHAPE = ModelShape(hidden_size=144, layers=6, heads=12, max_positions=1024, kind="gpt2")
@@ -46,6 +49,7 @@ ROLLOUTS: dict[str, Any] = {
     "learning_rate": 3e-4,
     "checkpoint_every": 10,
 }
+PAIRS: dict[str, Any] = {"epochs": 6, "batch_size": 100, "learning_rate": 3e-4, "eval_every": 1000}
 SETTINGS: dict[str, Any] = {
     "threads": 1,
     "model": {"template": "raw"},
@@ -57,6 +61,9 @@ SETTINGS: dict[str, Any] = {
         "schedule": "linear",
         "eval_every": 1000,
     },
+    "dpo": {**PAIRS, "beta": 0.3},
+    "orpo": {**PAIRS, "odds_ratio_coef": 1.0},
+    "kto": {**PAIRS, "beta": 0.1},
     "ppo": {
         **ROLLOUTS,
         "value_init": "policy",
@@ -109,8 +116,12 @@ def run_randomwalks(
     context = replace(
         context, recipe=recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(base)})})
     )
-    seconds = start["seconds"] + sum(STAGES[stage](context)["seconds"] for stage in _stages(method))
-    kl_coef = getattr(getattr(recipe, method), "kl_coef", 0.0)
+    seconds = start["seconds"] + STAGES["sft"](context)["seconds"]
+    if method in FROM_PAIRS:
+        context = with_preferences(context, walks)
+    if method != "sft":
+        seconds += STAGES[method](context)["seconds"]
+    kl_coef = _kl_coef(recipe, method)
     return WalksResult(method, kl_coef, _exact(context, walks, method, kl_coef), seconds, context.root)
 
 
@@ -122,6 +133,13 @@ def _recipe(method: str, seed: int, overrides: Sequence[str], out: Path | None, 
     tree |= {"name": f"randomwalks-{method}", "seed": seed}
     folder = out or Path("runs") / f"randomwalks-{method}-{content_id([tree, graph_seed]):016x}"[:40]
     return recipe_from({**tree, "out": str(folder)}, source="benchmark randomwalks")
+
+
+def _kl_coef(recipe: Recipe, method: str) -> float:
+    """What the method pays for a nat of KL: DPO's beta, where the labels' Bradley-Terry scale is the optimality's."""
+    if recipe.dpo is not None and recipe.dpo.loss == "dpo":
+        return recipe.dpo.beta
+    return getattr(getattr(recipe, method), "kl_coef", 0.0)
 
 
 def _stages(method: str) -> tuple[str, ...]:

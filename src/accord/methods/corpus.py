@@ -26,17 +26,17 @@ class Part:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, groups: Sequence[Group], name: str) -> Part:
+    def of(cls, groups: Sequence[Group], name: str, notes: Sequence[str] = ()) -> Part:
         """Groups that are in memory already; their content stands for a file's."""
         blob = [
             [
                 [[m.role, m.content, m.learn] for m in g.prompt],
-                [[[m.content for m in c.messages], c.rank, c.score, c.label] for c in g.completions],
+                [[[m.content for m in c.messages], c.rank, c.score, c.label, c.rewards] for c in g.completions],
                 [g.margin, g.soft_label, g.reference],
             ]
             for g in groups
         ]
-        return cls(tuple(groups), {name: f"{content_id(blob):016x}"})
+        return cls(tuple(groups), {name: f"{content_id(blob):016x}"}, tuple(f"{name}: {note}" for note in notes))
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from accord.config import GRPOConfig, OnlineDPOConfig, PolicyGradientFields, REINFORCEConfig, RLOOConfig
+from accord.config import DPOConfig, GRPOConfig, OnlineDPOConfig, PolicyGradientFields, REINFORCEConfig, RLOOConfig
 from accord.losses.group import (
     batch_advantages,
     completion_mean_weights,
@@ -30,9 +30,9 @@ from accord.losses.group import (
 from accord.losses.kl import kl_k1, kl_k2_loss, kl_k3_loss
 from accord.losses.masked import sequence_logprobs
 from accord.losses.ppo import PolicyLoss, entropy_loss, ppo_policy_loss
-from accord.losses.preference import dpo_loss, hinge_loss, ipo_loss
 from accord.methods.online import Choice, Part, shaped_scores, whole
 from accord.methods.online_trainer import Learner, Lesson, Size, Sums
+from accord.methods.preference import Pair, PairObjective, RankedAnswers, StepCounts, dpo_objective
 from accord.methods.rollouts import Rollout
 from accord.models.token_scores import TokenScores
 from accord.records import TokenGroup
@@ -65,7 +65,8 @@ def grpo(section: GRPOConfig) -> Learner:
 
 def online_dpo(section: OnlineDPOConfig) -> Learner:
     """DPO on the policy's own answers. Source: Guo et al. 2024, arXiv:2402.04792."""
-    return _BestAgainstWorst(section)
+    options = {"loss": section.loss, "beta": section.beta, "logprobs": "sum"}
+    return _BestAgainstWorst(section, dpo_objective(DPOConfig.model_validate(options)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,7 @@ class _BestAgainstWorst:
     """Of each prompt's samples the best and the worst are a pair. See `accord.methods.online_trainer.Learner`."""
 
     section: OnlineDPOConfig
+    objective: PairObjective
 
     def lesson(self, rollout: Rollout) -> Lesson:
         scores, everything = shaped_scores(rollout, self.section), whole(rollout)
@@ -122,26 +124,16 @@ class _BestAgainstWorst:
         return Lesson(Choice(tuple(groups), tuple(pairs)), scores, _ties(rollout, scores))
 
     def loss(self, scores: TokenScores, part: Part, lesson: Lesson, size: Size) -> tuple[Tensor, Sums]:
-        policy = sequence_logprobs(scores.logprobs, part.mask)
-        reference = sequence_logprobs(part.ref_logprobs, part.mask)
-        beta, num_pairs = self.section.beta, size.completions / 2
-        logprobs = policy[::2], policy[1::2], reference[::2], reference[1::2]  # the best comes first
-        if self.section.loss == "ipo":
-            pairs = ipo_loss(*logprobs, tau=beta, num_pairs=num_pairs)
-        elif self.section.loss == "hinge":
-            pairs = hinge_loss(*logprobs, beta=beta, num_pairs=num_pairs)
-        else:
-            pairs = dpo_loss(*logprobs, beta=beta, num_pairs=num_pairs)
-        return pairs.loss, {
-            "loss": pairs.loss_sum, "correct": pairs.correct_sum, "margin": pairs.margin_sum, "pairs": pairs.pair_count,
-        }  # fmt: skip
+        reference = sequence_logprobs(part.ref_logprobs, part.mask).tolist()
+        pairs = [
+            RankedAnswers(group, (Pair(chosen=0, rejected=1),), tuple(reference[2 * k : 2 * k + 2]))
+            for k, group in enumerate(part.groups)
+        ]
+        count = StepCounts(pairs=size.completions // 2, best_tokens=0)
+        return self.objective.loss_of(pairs, sequence_logprobs(scores.logprobs, part.mask), count)
 
     def metrics(self, sums: dict[str, float], updates: int) -> dict[str, float]:
-        return {
-            "train/loss": sums["loss"] / sums["pairs"],
-            "train/accuracy": sums["correct"] / sums["pairs"],
-            "train/margin/mean": sums["margin"] / sums["pairs"],
-        }
+        return self.objective.metrics(sums)
 
 
 def _ties(rollout: Rollout, scores: Tensor) -> dict[str, float]:

@@ -72,12 +72,14 @@ class Choice:
 class Part:
     """One forward pass's share of an update: its batch, and what the rollout knows of the same completions.
 
+    groups        whose completions are in the batch, in its order
     rows          (C,) int64   where the completions stand in the rollout
     mask          (C, T) bool  True = a real token
     old_logprobs, ref_logprobs  (C, T) nats
     """
 
     batch: CompletionBatch
+    groups: tuple[TokenGroup, ...]
     rows: Tensor
     mask: Tensor
     old_logprobs: Tensor
@@ -106,11 +108,12 @@ def parts(
     """The chosen groups of one update, in forward passes of at most `micro_batch_tokens` tokens."""
     budget, pad_id = section.micro_batch_tokens, models.template.pad_id
     for indices in group_passes(groups, lambda g: choice.groups[g], models.layout, budget):
-        batch = collate([choice.groups[g] for g in indices], layout=models.layout, pad_id=pad_id)
+        chosen = tuple(choice.groups[g] for g in indices)
+        batch = collate(chosen, layout=models.layout, pad_id=pad_id)
         rows = torch.tensor([row for g in indices for row in choice.rows[g]])
         width = batch.valid_mask.shape[1]
         old, ref = rollout.old_logprobs[rows, :width], rollout.ref_logprobs[rows, :width]
-        yield Part(batch, rows, batch.valid_mask, old, ref)
+        yield Part(batch, chosen, rows, batch.valid_mask, old, ref)
 
 
 def ratio_deviation(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> float:

@@ -7,7 +7,7 @@ The learners are in `methods/learners.py`.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,7 +35,7 @@ from accord.training.optim import Optimiser, learning_rate_at
 
 __all__ = ["Learner", "Lesson", "OnlineTrainer", "Size"]
 
-Sums = dict[str, float | Tensor]
+Sums = Mapping[str, float | Tensor]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from accord.atomic import sync, write_json
+from accord.atomic import write_bytes, write_json
 from accord.errors import ConfigError
 from accord.losses.ilql import polyak
 from accord.models.layout import CompletionBatch
@@ -198,10 +197,7 @@ def shaped_logits(logits: Tensor, target_q: Tensor, values: Tensor, *, beta: flo
 def save_heads(model: ILQLModel, folder: Path, *, beta: float) -> None:
     """Writes all heads, and the beta to sample with, beside the policy that was saved in `folder`."""
     tensors = {name: x for name, x in model.state_dict().items() if not name.startswith("policy.")}
-    temporary = folder / f".{HEADS_FILE}.tmp"
-    temporary.write_bytes(save({name: x.cpu().contiguous() for name, x in tensors.items()}))
-    sync(temporary)
-    os.replace(temporary, folder / HEADS_FILE)
+    write_bytes(folder / HEADS_FILE, save({name: x.cpu().contiguous() for name, x in tensors.items()}))
     write_json(folder / SETTINGS_FILE, {"format": FORMAT, "beta": beta})
 
 
