@@ -11,14 +11,18 @@ from rich.console import Console
 
 from accord.config import recipe_from
 from accord.errors import ConfigError, DataError
+from accord.methods import catalogue
 from accord.methods.corpus import Corpus, Part
-from accord.pipeline import run_stages
+from accord.pipeline import STAGES, run_stages
 from accord.records import Completion, Group, Message
 from accord.rewards.scorers import RewardFunction
 
-__all__ = ["TrainResult", "train"]
+__all__ = ["METHODS", "TrainResult", "train"]
 
 Prompt = str | Sequence[Mapping[str, str]]
+METHODS = tuple(
+    name for name in STAGES if catalogue.STAGES[name].data == "prompts" and catalogue.STAGES[name].leaves == "policy"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +40,16 @@ def train(
     reward_fn: RewardFunction | None = None,
     prompts: Sequence[Prompt] | None = None,
     samples: Sequence[Any] | None = None,
+    method: str = "ppo",
     out: str | Path | None = None,
     seed: int = 0,
     quiet: bool = False,
     **sections: Any,
 ) -> TrainResult:
-    """Train `model` by PPO against `reward_fn` on `prompts`, or by SFT on `samples`.
+    """Train `model` by PPO (or another `method`) against `reward_fn` on `prompts`, or by SFT on `samples`.
 
         accord.train("my-model", reward_fn=lambda prompt, completion: -len(completion), prompts=["Say hello"])
+        accord.train("my-model", reward_fn=..., prompts=[...], method="rloo", rloo={"samples_per_prompt": 8})
         accord.train("my-model", samples=[("What is 2 + 2?", "4"), ...], sft={"epochs": 2})
 
     Equal settings give the same weights as `accord ppo` and `accord sft` on the same data. Calling again with the same
@@ -55,6 +61,7 @@ def train(
         reward_fn: f(prompt, completion) -> float; prompt is the text of a one-message prompt, else its messages. An
             exception in it stops the run and names the prompt.
         prompts: texts, or lists of {"role", "content"}.
+        method: how to learn from `reward_fn`: one of METHODS.
         samples: (prompt, answer) pairs, lists of {"role", "content"} ending with the assistant, or plain texts.
         out: run folder; default runs/<method>.
         sections: recipe sections as dicts, for example ppo={"kl_coef": 0.1}, data={"max_tokens": 256}.
@@ -69,18 +76,19 @@ def train(
     if samples is not None:
         stage, corpus = "sft", Corpus(sft=Part.of([_sample(s, i) for i, s in enumerate(samples)], "samples"))
     else:
+        if method not in METHODS:
+            raise ConfigError(f"accord.train(method={method!r}): expected one of {', '.join(METHODS)}")
         if not prompts:
             raise ConfigError("accord.train(reward_fn=...) needs prompts=[...], the texts the policy shall answer")
-        stage, corpus = (
-            "ppo",
-            Corpus(prompts=Part.of([Group(_messages(p, i)) for i, p in enumerate(prompts)], "prompts")),
-        )
-        tree["ppo"] = {"value_init": "policy", **tree.get("ppo", {})}
+        groups = [Group(_messages(p, i)) for i, p in enumerate(prompts)]
+        stage, corpus = method, Corpus(prompts=Part.of(groups, "prompts"))
+        if method == "ppo":
+            tree["ppo"] = {"value_init": "policy", **tree.get("ppo", {})}
     tree.setdefault(stage, {})
     tree["name"] = stage
     tree["out"] = str(out) if out is not None else None
     recipe = recipe_from(tree, source="accord.train")
-    functions = {} if reward_fn is None else {"ppo.reward_function": reward_fn}
+    functions = {} if reward_fn is None else {f"{stage}.reward_function": reward_fn}
     summary = run_stages(recipe, corpus, [stage], Console(quiet=quiet), functions)[stage]
     folder = Path(recipe.out or f"runs/{stage}") / stage
     return TrainResult(folder, folder / "model", summary)

@@ -95,6 +95,27 @@ def test_ppo_gives_the_bits_of_the_command(model: Path, tmp_path: Path, monkeypa
     assert bits(result.model) == bits(tmp_path / "cli" / "ppo" / "model") != bits(model)
 
 
+@pytest.mark.parametrize("method", ["rloo", "grpo", "reinforce", "online_dpo"])
+def test_other_methods_give_the_bits_of_their_commands(
+    method: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / f"rewards_of_{method}.py").write_text(
+        "def score(prompt, completion):\n    return completion.count('e') - len(completion) / 10\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
+    function = f"{method}.reward_function=rewards_of_{method}:score"
+    verb = method.replace("_", "-")
+    command(verb, model, tmp_path / "cli", f"data.prompts={data}", function, *overrides(method, PPO))
+    arguments: dict[str, Any] = {"out": tmp_path / "api", "seed": 5, "data": DATA, "quiet": True, method: PPO}
+    result = accord.train(model, reward_fn=score, prompts=PROMPTS, method=method, **arguments)
+    assert result.model == tmp_path / "api" / method / "model"
+    assert bits(result.model) == bits(tmp_path / "cli" / method / "model") != bits(model)
+    assert result.summary["stage"] == method and result.summary["account"]
+    assert "Policy trained with" in (result.model / "README.md").read_text()
+
+
 def test_another_seed_gives_other_bits(model: Path, tmp_path: Path) -> None:
     found = [
         bits(
@@ -140,6 +161,7 @@ def test_a_reward_function_that_raises_stops_the_run_and_names_the_prompt(model:
         ({}, r"takes reward_fn= and prompts= \(PPO\), or samples= \(SFT\)"),
         ({"reward_fn": score, "samples": SAMPLES}, "takes reward_fn="),
         ({"samples": SAMPLES, "prompts": PROMPTS}, "takes reward_fn="),
+        ({"reward_fn": score, "prompts": PROMPTS, "method": "rlo"}, r"\(method='rlo'\): expected one of ppo, rloo"),
         ({"reward_fn": score}, r"needs prompts=\[\.\.\.\]"),
         ({"reward_fn": score, "prompts": []}, r"needs prompts=\[\.\.\.\]"),
         ({"samples": SAMPLES, "learning_rate": 1}, "did you mean `sft.learning_rate`"),
