@@ -20,9 +20,12 @@ from accord.methods.corpus import Corpus, Part
 from accord.records import Completion, Group, Message
 from accord.rewards.scorers import RewardFunction
 
-__all__ = ["TrainResult", "train"]
+__all__ = ["METHODS", "TrainResult", "train"]
 
 Prompt = str | Sequence[Mapping[str, str]]
+METHODS = tuple(
+    name for name in STAGES if catalogue.STAGES[name].data == "prompts" and catalogue.STAGES[name].leaves == "policy"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,7 @@ def train(
     """Train `model`: against `reward_fn` on `prompts`, by imitation of `samples`, or on preferences as `pairs`.
 
         accord.train("my-model", reward_fn=lambda prompt, completion: -len(completion), prompts=["Say hello"])
+        accord.train("my-model", reward_fn=..., prompts=[...], method="rloo", rloo={"samples_per_prompt": 8})
         accord.train("my-model", samples=[("What is 2 + 2?", "4"), ...], sft={"epochs": 2})
         accord.train("my-model", pairs=[("What is 2 + 2?", "4", "5"), ...], method="dpo", dpo={"beta": 0.1})
 
