@@ -12,6 +12,7 @@ from accord.atomic import write_json
 from accord.config import Recipe
 from accord.evaluation.stage import run_evaluate
 from accord.methods import catalogue
+from accord.methods.bestofn import run_bestofn
 from accord.methods.context import Context
 from accord.methods.corpus import Corpus
 from accord.methods.ppo_stage import run_ppo
@@ -28,6 +29,7 @@ STAGES: Mapping[str, Callable[[Context], dict[str, Any]]] = {
     "reward": run_reward,
     "ppo": run_ppo,
     "rft": run_rft,
+    "bestofn": run_bestofn,
     "evaluate": run_evaluate,
 }
 

@@ -64,6 +64,10 @@ STAGES: dict[str, tuple[str, str]] = {
         "Rejection sampling",
         "The model writes many answers to each prompt, and learns to imitate those of its own that score best.",
     ),
+    "bestofn": (
+        "Best-of-n",
+        "The model writes many answers to each prompt, and the one that scores best is kept. Nothing is trained.",
+    ),
     "evaluate": ("Evaluation", "The models answer held-out prompts, and a blind judge compares their answers."),
 }
 _FIRST_SAMPLES, _LAST_SAMPLES = 4, 8
