@@ -23,9 +23,6 @@ from accord.rewards.scorers import RewardFunction
 __all__ = ["METHODS", "TrainResult", "train"]
 
 Prompt = str | Sequence[Mapping[str, str]]
-METHODS = tuple(
-    name for name in STAGES if catalogue.STAGES[name].data == "prompts" and catalogue.STAGES[name].leaves == "policy"
-)
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,6 +82,10 @@ STAGES: dict[str, tuple[str, str]] = {
         "Online DPO",
         "The model writes several answers to each prompt, and learns to prefer the best of them to the worst.",
     ),
+    "bestofn": (
+        "Best-of-n",
+        "The model writes many answers to each prompt, and the one that scores best is kept. Nothing is trained.",
+    ),
     "evaluate": ("Evaluation", "The models answer held-out prompts, and a blind judge compares their answers."),
 }
 _FIRST_SAMPLES, _LAST_SAMPLES = 4, 8
