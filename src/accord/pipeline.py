@@ -15,11 +15,13 @@ from accord.evaluation.stage import run_evaluate
 from accord.methods import catalogue
 from accord.methods.context import Context
 from accord.methods.corpus import Corpus
+from accord.methods.ilql_stage import run_ilql
 from accord.methods.kto_stage import run_kto
 from accord.methods.online_stage import LEARNERS, run_online
 from accord.methods.ppo_stage import run_ppo
 from accord.methods.preference_stage import run_dpo, run_orpo
 from accord.methods.reward import run_reward
+from accord.methods.rft_stage import run_rft
 from accord.methods.sft import run_sft
 from accord.report.overview import overview_report
 from accord.rewards.scorers import RewardFunction
@@ -32,8 +34,10 @@ STAGES: Mapping[str, Callable[[Context], dict[str, Any]]] = {
     "dpo": run_dpo,
     "orpo": run_orpo,
     "kto": run_kto,
+    "ilql": run_ilql,
     "ppo": run_ppo,
     **{stage: partial(run_online, stage=stage) for stage in LEARNERS},
+    "rft": run_rft,
     "evaluate": run_evaluate,
 }
 

@@ -24,6 +24,7 @@ from accord.models.adapters import (
     sharing_copy,
     trainable_state,
 )
+from accord.models.ilql import ILQLModel
 from accord.models.layout import Layout, collate
 from accord.models.load import fresh_value_model, load_policy, load_reward_model, reward_model_from, save_model
 from accord.models.token_scores import score_completions, score_tokens
@@ -381,6 +382,14 @@ def test_with_an_adapter_the_adapter_alone_is_kept_and_brings_the_model_back(arc
     fresh = adapted(architecture, seed=77)
     load_trainable_state(fresh, kept)
     assert torch.equal(said(fresh), trained)
+
+
+def test_what_stands_beside_a_frozen_trunk_is_kept_whether_it_is_trained_or_moved_otherwise() -> None:
+    """ILQL's target heads are no parameters, and lag behind those that are."""
+    model = ILQLModel(adapted("llama"), seed=0)
+    others = {name for name in trainable_state(model) if ".lora_" not in name}
+    assert {name.partition(".")[0] for name in others} == {"q_heads", "target_heads", "value_head"}
+    assert others == {name for name in model.state_dict() if not name.startswith("policy.")}
 
 
 def test_tensors_of_another_training_are_refused() -> None:

@@ -31,7 +31,7 @@ class Part:
         blob = [
             [
                 [[m.role, m.content, m.learn] for m in g.prompt],
-                [[[m.content for m in c.messages], c.rank, c.score, c.label] for c in g.completions],
+                [[[m.content for m in c.messages], c.rank, c.score, c.label, c.rewards] for c in g.completions],
                 [g.margin, g.soft_label, g.reference],
             ]
             for g in groups

@@ -26,6 +26,8 @@ __all__ = [
 # Chart title -> the metrics drawn together. In reading order, most telling first; a stage shows what it logged.
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Score from the reward model", ("rollout/score/mean", "eval/score/mean")),
+    ("Score of what is kept", ("rollout/kept_score/mean",)),
+    ("What is kept", ("rollout/kept_fraction", "rollout/kept_distinct_fraction")),
     ("Gold utility", ("rollout/gold_utility/mean", "eval/gold_utility/mean")),
     ("Distance from the reference", ("rollout/kl_per_sequence_nats", "eval/kl_per_sequence_nats")),
     ("Length", ("rollout/completion_tokens/mean", "eval/completion_tokens/mean")),
@@ -47,7 +49,7 @@ PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Where the time goes", ("time/generate_seconds", "time/score_seconds", "time/update_seconds")),
 )
 
-OVERVIEW_PANELS = PANELS[1:4]
+OVERVIEW_PANELS = PANELS[1:6]
 
 _BETTER = {"up": " Higher is better.", "down": " Lower is better.", "neutral": ""}
 _MOST_POINTS = 160  # per line; more cannot be told apart at this width and make the file large

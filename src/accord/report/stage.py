@@ -60,6 +60,10 @@ STAGES: dict[str, tuple[str, str]] = {
         "The model writes answers, the reward model scores them, and the model moves towards what scores well, "
         "paying for every step away from where it started.",
     ),
+    "rft": (
+        "Rejection sampling",
+        "The model writes many answers to each prompt, and learns to imitate those of its own that score best.",
+    ),
     "evaluate": ("Evaluation", "The models answer held-out prompts, and a blind judge compares their answers."),
 }
 _FIRST_SAMPLES, _LAST_SAMPLES = 4, 8
