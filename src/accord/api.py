@@ -20,7 +20,7 @@ from accord.methods.corpus import Corpus, Part
 from accord.records import Completion, Group, Message
 from accord.rewards.scorers import RewardFunction
 
-__all__ = ["METHODS", "TrainResult", "train"]
+__all__ = ["TrainResult", "train"]
 
 Prompt = str | Sequence[Mapping[str, str]]
 

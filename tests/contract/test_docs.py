@@ -158,6 +158,17 @@ def test_the_defaults_on_a_methods_page_are_the_codes(name: str) -> None:
     assert tabled and tabled == {key: setting(recipe, key) for key in tabled}
 
 
+def test_every_row_of_the_papers_page_names_a_function_and_a_test_of_it() -> None:
+    page = prose(ROOT / "docs/papers.md")
+    rows = re.findall(r"^\|[^|]*\|[^|]*\| `losses/(\w+)\.py` `(\w+)` \| `([\w/]+\.py)` `(\w+)` \|$", page, re.MULTILINE)
+    assert len(rows) == len(re.findall(r"^\| .*\|$", page, re.MULTILINE)) - 1
+    for module, function, file, test in rows:
+        assert callable(getattr(importlib.import_module(f"accord.losses.{module}"), function)), function
+        source = (ROOT / file).read_text(encoding="utf-8")
+        body = re.search(rf"^def {test}\(.*?(?=^\S|\Z)", source, re.MULTILINE | re.DOTALL)
+        assert body and function in source, f"{file}: {test} of {function}"
+
+
 @pytest.mark.parametrize("name", ["quickstart", "randomwalks"])
 def test_the_settings_on_a_demos_page_are_the_demos(name: str) -> None:
     demo = importlib.import_module(f"accord.demos.{name}")
