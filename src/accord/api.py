@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from accord.rewards.scorers import RewardFunction
 __all__ = ["TrainResult", "train"]
 
 Prompt = str | Sequence[Mapping[str, str]]
+Reward = float | Sequence[float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,7 @@ _TAKES: dict[str, tuple[tuple[str, ...], ...]] = {
     "dpo": (("pairs",),),
     "orpo": (("pairs",),),
     "kto": (("pairs",), ("samples",)),
+    "ilql": (("samples", "rewards"), ("pairs",)),
     "reward": (("pairs",),),
 }
 
@@ -54,17 +58,20 @@ def train(
     reward_fn: RewardFunction | None = None,
     prompts: Sequence[Prompt] | None = None,
     samples: Sequence[Any] | None = None,
+    rewards: Sequence[Reward] | None = None,
     pairs: Sequence[Any] | None = None,
     out: str | Path | None = None,
     seed: int = 0,
     quiet: bool = False,
     **sections: Any,
 ) -> TrainResult:
-    """Train `model`: against `reward_fn` on `prompts`, by imitation of `samples`, or on preferences as `pairs`.
+    """Train `model`: against `reward_fn` on `prompts`, by imitation of `samples`, by what their `rewards`
+    say, or on preferences as `pairs`.
 
         accord.train("my-model", reward_fn=lambda prompt, completion: -len(completion), prompts=["Say hello"])
         accord.train("my-model", reward_fn=..., prompts=[...], method="rloo", rloo={"samples_per_prompt": 8})
         accord.train("my-model", samples=[("What is 2 + 2?", "4"), ...], sft={"epochs": 2})
+        accord.train("my-model", samples=[("What is 2 + 2?", "4"), ("What is 2 + 2?", "5"), ...], rewards=[1, -1, ...])
         accord.train("my-model", pairs=[("What is 2 + 2?", "4", "5"), ...], method="dpo", dpo={"beta": 0.1})
 
     Equal settings give the same weights as the method's command on the same data. Calling again with the same
@@ -80,13 +87,15 @@ def train(
         prompts: texts, or lists of {"role", "content"}.
         samples: (prompt, answer) pairs, lists of {"role", "content"} ending with the assistant, plain texts, or dicts
             with the fields of a row in a data file; for kto such dicts with a label.
+        rewards: for each sample a number, its return; or a list of numbers, one for each token the assistant wrote (in
+            the model's tokenizer, end token included), which add up to its return.
         pairs: (prompt, chosen, rejected), or dicts with the fields of a row in a data file (rankings, too).
         out: run folder; default runs/<method>.
         sections: recipe sections as dicts, for example ppo={"kl_coef": 0.1}, data={"max_tokens": 256}.
     Raises: ConfigError for arguments that do not go together; DataError for unusable rows; RewardError.
     """
-    given = {"reward_fn": reward_fn, "prompts": prompts, "samples": samples, "pairs": pairs}
-    stage = _method(method, {name for name, value in given.items() if value is not None and value != []})
+    given = {"reward_fn": reward_fn, "prompts": prompts, "samples": samples, "rewards": rewards, "pairs": pairs}
+    stage = _method(method, {name for name, value in given.items() if value is not None and not _is_empty(value)})
     tree: dict[str, Any] = _yaml_like(sections)
     tree["seed"] = seed
     tree["model"] = _yaml_like(model if isinstance(model, Mapping) else {"path": model})
@@ -98,6 +107,8 @@ def train(
         corpus = Corpus(preferences=_rows(pairs, "pairs", _pair))
     else:
         part = _rows(samples or (), "samples", _sample)
+        if rewards is not None:
+            part = _rewarded(part, samples or (), rewards)
         corpus = Corpus(sft=part) if stage == "sft" else Corpus(preferences=part)
     section = tree.get(stage, {})
     tree[stage] = {"value_init": "policy", **section} if stage == "ppo" and isinstance(section, dict) else section
@@ -122,11 +133,21 @@ def _method(method: str | None, given: set[str]) -> str:
             return name
     if "reward_fn" in given and given <= {"reward_fn", "prompts"} and (method is None or method in _ONLINE):
         raise ConfigError("accord.train(reward_fn=...) needs prompts=[...], the texts the policy shall answer")
+    if "rewards" in given and "samples" not in given:
+        raise ConfigError(
+            "rewards= go with samples=, one for each; methods that sample ask reward_fn= for their rewards"
+        )
     if method is None:
-        raise ConfigError("accord.train takes reward_fn= and prompts= (PPO), or samples= (SFT), or pairs= (DPO)")
+        raise ConfigError(
+            "accord.train takes reward_fn= and prompts= (PPO), or samples= (SFT), with rewards= (ILQL), or pairs= (DPO)"
+        )
     takes = " or ".join(" and ".join(f"{name}=" for name in names) for names in _TAKES[method])
     found = " and ".join(f"{name}=" for name in sorted(given)) or "nothing"
     raise ConfigError(f"accord.train(method={method!r}) takes {takes}; it was given {found}")
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, Sized) and len(value) == 0
 
 
 def _yaml_like(value: Any) -> Any:
@@ -183,3 +204,23 @@ def _sample(sample: Any, where: str, left_out: Counter[str]) -> tuple[Group, ...
         f"{where} is {sample!r}: expected a text, a (prompt, answer) pair of texts, a list of messages with an "
         "assistant turn, or a dict with the fields of a row in a data file"
     )
+
+
+def _rewarded(part: Part, samples: Sequence[Any], rewards: Sequence[Reward]) -> Part:
+    """The answers with their returns, or with a reward for each token."""
+    if len(samples) != len(rewards):
+        raise DataError(f"there are {len(samples)} samples and {len(rewards)} rewards: give one for each sample")
+    if len(part.groups) != len(samples):
+        raise DataError("rewards= needs samples that are single answers: (prompt, answer), messages, or texts")
+    groups = []
+    for index, (group, reward) in enumerate(zip(part.groups, rewards, strict=True)):
+        of_tokens = isinstance(reward, list | tuple)
+        given: list[Any] = list(reward) if of_tokens else [reward]
+        if not given or not all(isinstance(x, Real) and math.isfinite(x) for x in given):
+            raise DataError(
+                f"rewards[{index}] is {reward!r}: expected a finite number, or a list of them, one for each token"
+            )
+        numbers = tuple(map(float, given))
+        answer = replace(group.completions[0], score=math.fsum(numbers), rewards=numbers if of_tokens else None)
+        groups.append(replace(group, completions=(answer,)))
+    return Part.of(groups, "samples", part.notes)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from accord.errors import ConfigError
-from accord.models.ilql import ILQLModel, ILQLScores, ShapedPolicy, has_heads, load_ilql, save_heads, shaped_logits
+from accord.models.ilql import ILQLModel, ILQLScores, ShapedPolicy, has_heads, load_heads, save_heads, shaped_logits
 from accord.models.layout import CompletionBatch, collate
-from accord.models.load import save_model
+from accord.models.load import load_policy, save_model
 from accord.models.token_scores import score_tokens
-from accord.records import TokenGroup
+from accord.records import TokenCompletion, TokenGroup
 from accord.rollout.native import NativeSampler, PromptTokens
 from accord.rollout.sampling import Sampling, adjusted_logits
 from models_support import PAD_ID, VOCABULARY, tiny_model, token_group, word_tokenizer
@@ -211,8 +211,8 @@ def saved(model: ILQLModel, folder: Path, beta: float = 2.5) -> Path:
 def test_a_saved_model_comes_back_to_the_bit(tmp_path: Path) -> None:
     model = ilql_model()
     folder = saved(model, tmp_path / "model")
-    loaded, tokenizer, beta = load_ilql(folder)
-    assert (beta, len(tokenizer)) == (2.5, VOCABULARY)
+    loaded, beta = load_heads(load_policy(folder)[0], folder)
+    assert beta == 2.5
     assert loaded.state_dict().keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
@@ -233,18 +233,18 @@ def test_a_folder_without_heads_or_with_those_of_another_model_is_refused(tmp_pa
     folder = save_model(ilql_model().policy, word_tokenizer(), tmp_path / "plain")
     assert not has_heads(folder)
     with pytest.raises(ConfigError, match=r"holds no ilql_heads\.safetensors.*accord ilql"):
-        load_ilql(folder)
+        load_heads(load_policy(folder)[0], folder)
     save_heads(ilql_model("gpt2", n_embd=16), folder, beta=1.0)
     assert has_heads(folder)
     with pytest.raises(ConfigError, match=r"do not fit the policy beside them \(width and vocabulary \(32, 53\)\)"):
-        load_ilql(folder)
+        load_heads(load_policy(folder)[0], folder)
 
 
 def test_heads_of_a_later_format_are_refused(tmp_path: Path) -> None:
     folder = saved(ilql_model(), tmp_path / "model")
     (folder / "ilql.json").write_text(json.dumps({"format": 2, "beta": 1.0}))
     with pytest.raises(ConfigError, match="do not fit"):
-        load_ilql(folder)
+        load_heads(load_policy(folder)[0], folder)
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------
@@ -297,6 +297,43 @@ def test_shaped_logits_follow_the_tokens_asked_for_with_and_without_a_cache(beta
     torch.testing.assert_close(whole, expected, rtol=0, atol=1e-10)
     torch.testing.assert_close(last, expected[:, 2:], rtol=0, atol=1e-10)
     torch.testing.assert_close(after, expected[:, 3:], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("layout", ["shared", "plain"])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_of_a_batch_are_those_the_shaped_logits_give(layout: str, temperature: float) -> None:
+    model, batch = ilql_model(dtype=torch.float64), batch_of(layout)
+    shaped = ShapedPolicy(model, 0.7)
+    found = shaped.logprobs(batch, batch.valid_mask, temperature=temperature)
+    assert not found[~batch.valid_mask].any() and not found.requires_grad
+    rows = [(group.prompt_ids, completion.ids) for group in GROUPS for completion in group.completions]
+    for row, (prompt, ids) in zip(found, rows, strict=True):
+        logits = shaped(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        expected = (logits / temperature).log_softmax(-1)[range(len(ids)), ids]
+        torch.testing.assert_close(row[: len(ids)], expected, rtol=0, atol=1e-10)
+    loss = shaped.logprobs(batch, batch.completion_mask, temperature=temperature)
+    torch.testing.assert_close(loss, torch.where(batch.completion_mask, found, 0.0))
+
+
+def test_more_tokens_than_fit_at_once_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = ilql_model(dtype=torch.float64), batch_of("plain")
+    whole = ShapedPolicy(model, 0.7).logprobs(batch, batch.valid_mask)
+    monkeypatch.setattr("accord.models.ilql.SHAPED_AT_ONCE", 2)
+    torch.testing.assert_close(ShapedPolicy(model, 0.7).logprobs(batch, batch.valid_mask), whole)
+
+
+def test_sampled_logprobs_are_those_of_the_batch() -> None:
+    shaped = ShapedPolicy(ilql_model("llama"), 0.5)
+    groups = [
+        TokenGroup(prompt.ids, (TokenCompletion(sample.ids, (True,) * len(sample.ids)),))
+        for prompt, group in zip(PROMPTS, samples(shaped), strict=True)
+        for sample in group
+    ]
+    batch = batch_of("plain", groups)
+    found = shaped.logprobs(batch, batch.valid_mask)
+    sampled = [sample.logprobs for group in samples(shaped) for sample in group]
+    for row, logprobs in zip(found, sampled, strict=True):
+        assert row[: len(logprobs)].tolist() == pytest.approx(logprobs, abs=1e-4)
 
 
 def test_top_k_acts_after_the_shaping() -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from accord.data.order import micro_batches
 from accord.data.templates import Template
 from accord.losses.kl import kl_k1
 from accord.measures.statistics import cluster_interval, paired_difference, sign_flip_p_value, win_rate
 from accord.measures.text import distinct_n, num_words, repetition, rouge
-from accord.models.layout import collate
+from accord.models.ilql import ShapedPolicy
+from accord.models.layout import CompletionBatch, collate
 from accord.models.token_scores import score_tokens
 from accord.records import Group, Interval, SampledCompletion, ScoreRequest, TokenCompletion, TokenGroup
 from accord.rewards.scorers import Scorer, values_of
@@ -34,6 +36,17 @@ class Contestant:
     @property
     def pad_id(self) -> int:
         return self.template.pad_id
+
+    @torch.no_grad()
+    def logprobs(
+        self, batch: CompletionBatch, *, mask: Literal["loss", "valid"] = "valid", temperature: float = 1.0
+    ) -> Tensor:
+        """(C, T) log-probabilities of the completion tokens, nats, as the model samples them; `mask` as in
+        `score_tokens`."""
+        if isinstance(self.model, ShapedPolicy):
+            scored = batch.valid_mask if mask == "valid" else batch.completion_mask
+            return self.model.logprobs(batch, scored, temperature=temperature)
+        return score_tokens(self.model, batch, mask=mask, temperature=temperature).logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +149,7 @@ def kl_to(reference: Contestant, model: Contestant, answers: Answers, *, tempera
     places = list(enumerate(answers.tokens))
     for rows in micro_batches(places, lambda row: row[1].num_tokens, lambda _: 1, budget):
         batch = collate([group for _, group in rows], layout="plain", pad_id=model.pad_id)
-        with torch.no_grad():
-            ours = score_tokens(model.model, batch, temperature=temperature).logprobs
-            theirs = score_tokens(reference.model, batch, temperature=temperature).logprobs
+        ours, theirs = (contestant.logprobs(batch, temperature=temperature) for contestant in (model, reference))
         for (index, _), value in zip(rows, kl_k1(ours, theirs).sum(1).tolist(), strict=True):
             totals[index] = value
     prompts = [request.prompt_id for request in answers.requests]
@@ -150,7 +161,6 @@ def reference_perplexity(contestant: Contestant, groups: Sequence[TokenGroup], b
     nll = tokens = 0.0
     for rows in micro_batches(groups, lambda g: g.num_tokens, lambda _: 1, budget):
         batch = collate(rows, layout="plain", pad_id=contestant.pad_id)
-        with torch.no_grad():
-            nll -= float(score_tokens(contestant.model, batch, mask="loss").logprobs.sum())
+        nll -= float(contestant.logprobs(batch, mask="loss").sum())
         tokens += float(batch.completion_mask.sum())
     return nll, tokens

@@ -36,6 +36,7 @@ from accord.methods.context import (
 )
 from accord.methods.corpus import Part, split_holdout
 from accord.methods.roles import function_scorer, model_scorer
+from accord.models.ilql import ShapedPolicy, has_heads, load_heads
 from accord.models.load import load_reward_model
 from accord.records import Group, Interval, TokenGroup
 from accord.rewards.scorers import Scorer
@@ -131,8 +132,10 @@ def _pairs(section: EvaluateConfig, names: tuple[str, ...]) -> tuple[tuple[str, 
 
 
 def _contestant(context: Context, name: str, folder: Path | str) -> Contestant:
+    """A model that has Q heads answers as they shape it."""
     policy = LoadedPolicy.from_folder(folder, context.recipe.model.template)
-    return Contestant(name, policy.model, policy.template)
+    model = ShapedPolicy(*load_heads(policy.model, folder)) if has_heads(folder) else policy.model
+    return Contestant(name, model, policy.template)
 
 
 def _evaluate(

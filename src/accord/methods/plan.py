@@ -23,6 +23,7 @@ __all__ = ["check_sizes", "num_parameters", "plan_table", "stages_of"]
 TRAINED, FROZEN = 16, 4
 # Parts of the names of matrices that are no linear layers of the trunk.
 NOT_LINEAR = ("embed", "wte", "wpe", "lm_head", "score")
+TOKEN_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 
 
 def stages_of(recipe: Recipe) -> list[str]:
@@ -57,6 +58,9 @@ def plan_table(recipe: Recipe, corpus: Corpus, stages: list[str]) -> Table:
             frozen = _frozen_with_adapters(recipe, stage)
             models, bytes_needed = f"{trained} adapter{'s' * (trained > 1)}, {frozen} frozen", trained * TRAINED * small
         bytes_needed += frozen * FROZEN * (parameters or 0)
+        if stage == "ilql":
+            models += ", Q heads"
+            bytes_needed += (TRAINED + FROZEN) * _q_head_parameters(recipe)
         table.add_row(stage, data, steps, models, f"{bytes_needed / 1e6:,.0f} MB" if parameters else "unknown")
     table.caption = (
         f"{parameters:,} parameters{f', about {small:,} in an adapter' if small else ''}; activations come on top"
@@ -143,6 +147,20 @@ def _file_shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
             header = json.loads(stream.read(length))
         shapes |= {name: tuple(t["shape"]) for name, t in header.items() if name != "__metadata__"}
     return shapes
+
+
+def _q_head_parameters(recipe: Recipe) -> int:
+    """Weights of ILQL's two Q heads (width to twice that, to the vocabulary), which are trained and have frozen copies.
+
+    They can outweigh the model. Its width and vocabulary are those of its token embedding.
+    """
+    scratch = recipe.model.scratch
+    if scratch is not None:
+        vocabulary, width = scratch.vocab_size, scratch.hidden_size
+    else:
+        embeddings = (shape for name, shape in _file_shapes(recipe).items() if name.endswith(TOKEN_EMBEDDINGS))
+        vocabulary, width = next(embeddings, (0, 0))
+    return 2 * (width * 2 * width + 2 * width * vocabulary)
 
 
 def _adapter_parameters(recipe: Recipe, adapter: AdapterConfig) -> int:

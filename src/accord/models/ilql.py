@@ -23,14 +23,14 @@ from accord.atomic import write_bytes, write_json
 from accord.errors import ConfigError
 from accord.losses.ilql import polyak
 from accord.models.layout import CompletionBatch
-from accord.models.load import load_policy
-from accord.models.projection import LogitTransform, token_logprobs
+from accord.models.projection import LogitTransform, logits_of, token_logprobs
 from accord.models.token_scores import logit_transform, predicting_states, spread
 
-__all__ = ["ILQLModel", "ILQLScores", "ShapedPolicy", "has_heads", "load_ilql", "save_heads", "shaped_logits"]
+__all__ = ["ILQLModel", "ILQLScores", "ShapedPolicy", "has_heads", "load_heads", "save_heads", "shaped_logits"]
 
 HEADS_FILE, SETTINGS_FILE = "ilql_heads.safetensors", "ilql.json"
 FORMAT = 1
+SHAPED_AT_ONCE = 256  # tokens whose logits and Q over the vocabulary are in memory together
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +177,19 @@ class ShapedPolicy:
         output.logits = shaped_logits(output.logits, *self._model.action_values(asked), beta=self._beta)
         return output
 
+    @torch.no_grad()
+    def logprobs(self, batch: CompletionBatch, scored: Tensor, *, temperature: float = 1.0) -> Tensor:
+        """(C, T) log-probabilities, nats, of the completion tokens where `scored` (C, T) is True; 0 elsewhere."""
+        policy = self._model.policy
+        output, transform = policy.get_output_embeddings(), logit_transform(policy, 1.0)
+        states, ids = predicting_states(policy, batch, scored), batch.completion_ids[scored]
+        found = []
+        for some, tokens in zip(states.split(SHAPED_AT_ONCE), ids.split(SHAPED_AT_ONCE), strict=True):
+            logits, _ = logits_of(some, output.weight, output.bias, transform)
+            shaped = shaped_logits(logits, *self._model.action_values(some), beta=self._beta)
+            found.append((shaped / temperature).log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0])
+        return spread(torch.cat(found), scored)
+
 
 def shaped_logits(logits: Tensor, target_q: Tensor, values: Tensor, *, beta: float) -> Tensor:
     """What tokens are drawn from: the policy's log-probabilities plus beta times each token's advantage.
@@ -206,12 +219,11 @@ def has_heads(folder: Path | str) -> bool:
     return (Path(folder) / HEADS_FILE).is_file()
 
 
-def load_ilql(folder: Path | str) -> tuple[ILQLModel, Any, float]:
-    """(model, tokenizer, beta to sample with) from a folder that holds a policy and its heads.
+def load_heads(policy: Any, folder: Path | str) -> tuple[ILQLModel, float]:
+    """The policy, which was loaded from `folder`, under the heads saved beside it, and the beta to sample with.
 
     Raises: ConfigError for a folder without heads, or with those of another model.
     """
-    policy, tokenizer = load_policy(folder)
     if not has_heads(folder):
         raise ConfigError(
             f"{folder} holds no {HEADS_FILE}: it is a language model without Q heads; train them with `accord ilql`, "
@@ -227,7 +239,7 @@ def load_ilql(folder: Path | str) -> tuple[ILQLModel, Any, float]:
             f"{tuple(policy.get_output_embeddings().weight.shape)[::-1]}): keep the files of one training together"
         )
     model.load_state_dict(tensors, strict=False)
-    return model, tokenizer, settings["beta"]
+    return model, settings["beta"]
 
 
 def _frozen_copy(heads: nn.ModuleList) -> nn.ModuleList:

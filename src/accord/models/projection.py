@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["LogitTransform", "token_logprobs"]
+__all__ = ["LogitTransform", "logits_of", "token_logprobs"]
 
 # Logits of one chunk: about 16 MB in fp32, few enough to stay near the processor, many enough for a fast product.
 _CHUNK_ELEMENTS = 2**22
@@ -70,7 +70,7 @@ def token_logprobs(
     return logprobs, entropies if with_entropy else None
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> tuple[Tensor, Tensor]:
+def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> tuple[Tensor, Tensor]:
     """(logits over temperature, tanh value of the soft cap or an empty tensor) of one chunk, in at least float32."""
     x = torch.mm(hidden, weight.t())
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -98,7 +98,7 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs, normalisers, entropies = (hidden.new_zeros(hidden.shape[0], dtype=dtype) for _ in range(3))
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
-            z, _ = _logits(hidden[part], weight, bias, transform)
+            z, _ = logits_of(hidden[part], weight, bias, transform)
             target = target_ids[part, None]
             logp = torch.log_softmax(z, dim=1)
             logprobs[part] = logp.gather(1, target)[:, 0]
@@ -123,7 +123,7 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=normalisers.dtype) if needs_bias else None
         for start in range(0, hidden.shape[0], ctx.rows):
             part = slice(start, start + ctx.rows)
-            z, tanh = _logits(hidden[part], weight, bias, transform)
+            z, tanh = logits_of(hidden[part], weight, bias, transform)
             grad = _logit_gradient(
                 z,
                 target_ids[part],
