@@ -464,6 +464,15 @@ def test_rated_lists_are_ranked_and_that_is_said(model: Path, tmp_path: Path) ->
     assert "the margins of 12 pairs are not used: `dpo.use_margins` is off" in printed
 
 
+def test_pairs_that_are_there_in_both_orders_are_counted(model: Path, tmp_path: Path) -> None:
+    """Twice the same judgement is none, nor is the same pair of answers to another prompt."""
+    pairs = [("p", "a", "b"), ("p", "b", "a"), ("p", "a", "b"), ("q", "b", "c"), ("r", "c", "b"), ("q", "d", "e")]
+    groups = [group(answer(first, 0), answer(second, 1), prompt=prompt) for prompt, first, second in pairs]
+    printed = run(tmp_path / "both", model, part=Part.of([*groups, *PAIRS.groups], "both"))["printed"]
+    assert "1 pairs are there in both orders: each teaches against the other" in printed
+    assert "in both orders" not in run(tmp_path / "clean", model)["printed"]
+
+
 @pytest.mark.parametrize(("stage", "section"), [("dpo", {"loss": "ipo"}), ("orpo", {})])
 def test_margins_that_a_loss_has_no_place_for_are_named(
     stage: str, section: dict[str, Any], model: Path, tmp_path: Path
