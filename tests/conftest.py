@@ -29,6 +29,12 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", connect)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What runs keep for other runs stays out of the user's home, and out of the next tests."""
+    os.environ["ACCORD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def shared_data() -> Path:
     if not SHARED.is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -15,7 +16,11 @@ from accord.methods import catalogue
 from accord.methods.bestofn import run_bestofn
 from accord.methods.context import Context
 from accord.methods.corpus import Corpus
+from accord.methods.ilql_stage import run_ilql
+from accord.methods.kto_stage import run_kto
+from accord.methods.online_stage import LEARNERS, run_online
 from accord.methods.ppo_stage import run_ppo
+from accord.methods.preference_stage import run_dpo, run_orpo
 from accord.methods.reward import run_reward
 from accord.methods.rft_stage import run_rft
 from accord.methods.sft import run_sft
@@ -27,7 +32,12 @@ __all__ = ["STAGES", "run_stages", "write_overview"]
 STAGES: Mapping[str, Callable[[Context], dict[str, Any]]] = {
     "sft": run_sft,
     "reward": run_reward,
+    "dpo": run_dpo,
+    "orpo": run_orpo,
+    "kto": run_kto,
+    "ilql": run_ilql,
     "ppo": run_ppo,
+    **{stage: partial(run_online, stage=stage) for stage in LEARNERS},
     "rft": run_rft,
     "bestofn": run_bestofn,
     "evaluate": run_evaluate,

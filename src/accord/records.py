@@ -55,15 +55,17 @@ class Origin:
 class Completion:
     """What followed the prompt: usually one assistant message, several turns for a dialogue.
 
-    rank   0 = best; equal ranks are ties; None = not ranked
-    score  a scalar from people or a model; None = not scored
-    label  desirable (True) or not (False); None = unlabelled
+    rank     0 = best; equal ranks are ties; None = not ranked
+    score    a scalar from people or a model; None = not scored
+    label    desirable (True) or not (False); None = unlabelled
+    rewards  one for each token the assistant wrote, end token included, adding up to the score; None = not given
     """
 
     messages: tuple[Message, ...]
     rank: int | None = None
     score: float | None = None
     label: bool | None = None
+    rewards: tuple[float, ...] | None = None
 
     @property
     def text(self) -> str:

@@ -55,6 +55,17 @@ RECIPE: dict[str, Any] = {
         "target_kl": 1.0,
         "kl_horizon": 50,
     },
+    "rloo": {
+        "prompts_per_step": 4,
+        "samples_per_prompt": 3,
+        "episodes": 108,
+        "max_new_tokens": 8,
+        "update_epochs": 2,
+        "minibatches": 2,
+        "checkpoint_every": 2,
+        "samples_every": 2,
+        "learning_rate": 3e-3,
+    },
 }
 
 
@@ -143,7 +154,9 @@ def _serve() -> None:
 
     # Before any tensor work: threads of a pool would not exist in the children, which would wait for them forever.
     torch.set_num_threads(1)
-    import accord.demos.quickstart  # noqa: F401  (everything a command could need)
+    import peft  # noqa: F401  (accord imports it only where there is an adapter)
+
+    import accord.demos.quickstart  # noqa: F401  (everything else a command could need)
 
     log = Path(tempfile.mkdtemp()) / "log"
     for line in sys.stdin:

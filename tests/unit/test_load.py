@@ -24,6 +24,7 @@ from accord.models.layout import collate
 from accord.models.load import (
     ModelShape,
     build_model,
+    fresh_value_model,
     load_policy,
     load_reward_model,
     reward_model_from,
@@ -274,6 +275,17 @@ def test_a_value_model_is_an_independent_trainable_copy() -> None:
         scalar_head(value_model).weight.add_(1)
     assert not torch.equal(scalar_head(value_model).weight, scalar_head(reward_model).weight)
     assert not any(parameter.requires_grad for parameter in reward_model.parameters())
+
+
+def test_a_fresh_value_model_predicts_0_everywhere_from_the_policys_trunk_and_can_learn() -> None:
+    policy = built()
+    value_model = fresh_value_model(policy)
+    assert not scalar_head(value_model).weight.any()
+    assert same_weights(weights(value_model.base_model), weights(policy.base_model))
+    assert all(parameter.requires_grad for parameter in value_model.parameters())
+    with torch.no_grad():
+        next(value_model.base_model.parameters()).add_(1)
+    assert not same_weights(weights(value_model.base_model), weights(policy.base_model))
 
 
 def test_shifted_scores_of_reference_answers_have_mean_zero_for_any_reader(tmp_path: Path) -> None:

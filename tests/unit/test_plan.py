@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
+from typing import Any
+
 import pytest
 
 from accord.config import recipe_from
 from accord.errors import ConfigError
 from accord.methods.corpus import Corpus, Part
-from accord.methods.plan import check_sizes
+from accord.methods.plan import check_sizes, plan_table
+from accord.models.adapters import add_adapter
+from accord.models.load import ModelShape, build_model, load_policy
 from accord.records import Completion, Group, Message
 from accord.rewards.scorers import FunctionScorer
 
@@ -35,3 +40,57 @@ def test_an_edited_reward_function_is_another_one() -> None:
 
     assert FunctionScorer(ones, "f").fingerprint == FunctionScorer(ones, "g").fingerprint
     assert FunctionScorer(ones, "f").fingerprint != FunctionScorer(twos, "f").fingerprint
+
+
+# --- the memory of a dry run -----------------------------------------------------------------------------------------
+
+
+def planned(model: dict[str, Any], adapter: dict[str, Any] | None) -> tuple[list[str], str]:
+    """What `--dry-run` says of sft and ppo: models in memory with their bytes, and what stands below the table."""
+    sections = {"sft": {}, "ppo": {"prompts_per_step": 4, "minibatches": 2}}
+    recipe = recipe_from({"model": model | {"adapter": adapter}, **sections})
+    table = plan_table(recipe, corpus(), ["sft", "ppo"])
+    cells = [list(column.cells) for column in table.columns]
+    return [f"{models}: {memory}" for models, memory in zip(cells[3], cells[4], strict=True)], str(table.caption)
+
+
+def trained_parameters(model: Any, targets: tuple[str, ...]) -> int:
+    add_adapter(model, rank=8, alpha=8, targets=targets, seed=0)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [("llama", ()), ("llama", ("q_proj", "mlp.down_proj")), ("gpt2", ()), ("gpt2", ("attn.c_proj",))],
+)
+def test_the_size_of_an_adapter_is_known_before_there_is_a_model(kind: Any, targets: tuple[str, ...]) -> None:
+    scratch = {"kind": kind, "hidden_size": 64, "layers": 3, "heads": 4, "vocab_size": 300, "max_positions": 32}
+    _, caption = planned({"scratch": scratch}, {"rank": 8, "targets": targets})
+    model = build_model(ModelShape(64, 3, 4, 32, kind), vocab_size=300, pad_id=0, eos_id=1, seed=0)
+    assert f"about {trained_parameters(model, targets):,} in an adapter" in caption
+
+
+@pytest.mark.parametrize("targets", [(), ("q_proj", "mlp.down_proj")])
+def test_the_size_of_an_adapter_is_read_from_the_headers_of_files(targets: tuple[str, ...]) -> None:
+    _, caption = planned({"path": "quickstart"}, {"rank": 8, "targets": targets})
+    model, _ = load_policy(str(files("accord") / "assets" / "quickstart"))
+    assert f"about {trained_parameters(model, targets):,} in an adapter" in caption
+
+
+def number(text: str, before: str) -> int:
+    return int(text.split(before)[0].split()[-1].replace(",", ""))
+
+
+def test_with_adapters_the_policy_is_its_own_reference_and_the_value_model_shares_its_weights() -> None:
+    """16 bytes for what trains, 4 for what does not. Four models without adapters; with them two, and two adapters."""
+    scratch = {"hidden_size": 256, "layers": 8, "vocab_size": 8000}
+    plain, caption = planned({"scratch": scratch}, None)
+    adapted, other = planned({"scratch": scratch}, {"rank": 64})
+    whole, small = number(caption, " parameters"), number(other, " in an adapter")
+    assert plain == [
+        f"1 trained, 0 frozen: {16 * whole / 1e6:,.0f} MB", f"2 trained, 2 frozen: {40 * whole / 1e6:,.0f} MB",
+    ]  # fmt: skip
+    assert adapted == [
+        f"1 adapter, 1 frozen: {(4 * whole + 16 * small) / 1e6:,.0f} MB",
+        f"2 adapters, 2 frozen: {(8 * whole + 32 * small) / 1e6:,.0f} MB",
+    ]

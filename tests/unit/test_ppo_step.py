@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -14,19 +14,28 @@ import pytest
 import torch
 
 from accord.config import PPOConfig
-from accord.data.templates import Template
 from accord.errors import RewardError
-from accord.methods.online import prompt_indices
 from accord.methods.ppo import PPOTrainer
-from accord.methods.rollouts import RolloutModels, collect
+from accord.methods.rollouts import RolloutModels
 from accord.models.load import reward_model_from
-from accord.records import Group, Message, SampledCompletion, TokenGroup
-from accord.rewards.scorers import FunctionScorer
+from accord.records import Group, SampledCompletion, TokenGroup
 from accord.rollout.native import NativeSampler, PromptTokens
 from accord.rollout.sampling import Sampling
-from models_support import EOS_ID, PAD_ID, tiny_model, word_tokenizer
+from models_support import tiny_model
+from online_support import (
+    PROMPTS,
+    FirstRollout,
+    OffsetSampler,
+    equal,
+    gradient_norm,
+    prompts,
+    rollout_cast,
+    uneven,
+    unpadded,
+    weights,
+)
+from online_support import measured as steps
 
-PROMPTS = ("w2 w3", "w4 w5 w6 w7", "w8", "w9 w10 w11", "w12 w13 w14 w15 w16")
 STEPS = 3
 
 
@@ -41,38 +50,11 @@ def ppo(made: Cast, asked: list[tuple[Group, TokenGroup]], config: PPOConfig, *,
     return PPOTrainer(made, made.value, asked, config, seed)
 
 
-def uneven(prompt: str, completion: str) -> float:
-    """Scores in -3 ... 3 that follow nothing."""
-    return float(len(completion) * 5 % 7) - 3
-
-
-def prompts() -> list[tuple[Group, TokenGroup]]:
-    tokenizer = word_tokenizer()
-    groups = [Group((Message("user", text),)) for text in PROMPTS]
-    return [(g, TokenGroup(tuple(tokenizer.encode(t)), (), g.prompt_id)) for g, t in zip(groups, PROMPTS, strict=True)]
-
-
-def models(
-    kind: str = "gpt2",
-    dtype: torch.dtype = torch.float64,
-    *,
-    layout: Any = "shared",
-    function: Callable[..., float] = uneven,
-    gold: Callable[..., float] | None = None,
-) -> Cast:
-    """A policy, a reference that is another model, and a value model of its own."""
-    policy = tiny_model(kind, dtype=dtype, seed=1)
-    reference = tiny_model(kind, dtype=dtype, seed=2).requires_grad_(False)
-    return Cast(
-        policy=policy,
-        reference=reference,
-        value=reward_model_from(tiny_model(kind, dtype=dtype, seed=3), 4),
-        sampler=NativeSampler(policy, pad_id=PAD_ID),
-        template=Template.of(word_tokenizer(), "auto"),
-        scorer=FunctionScorer(function, "the test's reward"),
-        gold=None if gold is None else FunctionScorer(gold, "the truth"),
-        layout=layout,
-    )
+def models(kind: str = "gpt2", dtype: torch.dtype = torch.float64, **options: Any) -> Cast:
+    """The cast of a rollout, and a value model of its own."""
+    cast = rollout_cast(kind, dtype, **options)
+    value = reward_model_from(tiny_model(kind, dtype=dtype, seed=3), 4)
+    return Cast(**{field.name: getattr(cast, field.name) for field in fields(cast)}, value=value)
 
 
 def section(**changes: Any) -> PPOConfig:
@@ -85,19 +67,6 @@ def section(**changes: Any) -> PPOConfig:
 
 def step(made: Cast, config: PPOConfig, number: int = 1) -> dict[str, float]:
     return steps(ppo(made, prompts(), config, seed=0), range(number, number + 1))[0]
-
-
-def steps(trainer: PPOTrainer, numbers: Sequence[int]) -> list[dict[str, float]]:
-    rows = [trainer.step(number).metrics for number in numbers]
-    return [{k: float(v) for k, v in row.items() if not k.startswith(("time/", "system/"))} for row in rows]
-
-
-def weights(model: Any) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(value, b[name]) for name, value in a.items())
 
 
 # --- the ratio -------------------------------------------------------------------------------------------------------
@@ -116,25 +85,10 @@ def test_before_the_first_update_of_every_rollout_the_ratio_is_1(source: str, la
     assert all(abs(row["train/ratio_mean"] - 1) > 1e-6 for row in rows)  # the updates themselves do move it
 
 
-class OffsetSampler:
-    """A sampler whose log-probabilities are not the trainer's."""
-
-    def __init__(self, inner: NativeSampler, offset: float) -> None:
-        self._inner, self._offset = inner, offset
-
-    def generate(
-        self, prompts: Sequence[PromptTokens], n: int, sampling: Sampling, key: tuple[int | str, ...]
-    ) -> list[tuple[SampledCompletion, ...]]:
-        return [
-            tuple(replace(s, logprobs=tuple(p - self._offset for p in s.logprobs)) for s in samples)
-            for samples in self._inner.generate(prompts, n, sampling, key)
-        ]
-
-
 def test_a_sampler_that_disagrees_with_the_trainer_is_seen_and_recomputing_mends_it() -> None:
     for source, expected in (("sampler", math.expm1(0.01)), ("recompute", 0.0)):
         made = models()
-        made = replace(made, sampler=OffsetSampler(made.sampler, 0.01))  # type: ignore[arg-type]
+        made = replace(made, sampler=OffsetSampler(made.sampler, 0.01))
         trainer = ppo(made, prompts(), section(old_logprobs=source), seed=0)
         assert steps(trainer, [1])[0]["train/ratio_max_deviation"] == pytest.approx(expected, abs=1e-5)
         assert trainer.drift == pytest.approx(expected, abs=1e-5)
@@ -143,40 +97,23 @@ def test_a_sampler_that_disagrees_with_the_trainer_is_seen_and_recomputing_mends
 # --- the signal, computed a second way -------------------------------------------------------------------------------
 
 
-def _row(ids: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
-
-
-class Oracle:
+class Oracle(FirstRollout):
     """The first step's losses in float64 from one unpadded row at a time, with advantages by their defining sums."""
 
     def __init__(self, made: Cast, config: PPOConfig) -> None:
-        chosen = [prompts()[i] for i in prompt_indices(1, config, len(PROMPTS), 0, "ppo")]
-        rollout = collect(made, chosen, config, ("ppo", 0, 1))
-        self.rows = [(g.prompt_ids, c.ids) for g in rollout.groups for c in g.completions]
-        texts = [r.completion for r in rollout.requests]
+        super().__init__(made, config, "ppo")
         self.config, self.made = config, made
-        self.finished = [ids[-1] == EOS_ID for _, ids in self.rows]
-        self.scores = [uneven("", text) for text in texts]
-        self.logprobs, self.entropies = zip(*(self._language(made.policy, *row) for row in self.rows), strict=True)
-        self.ref = [self._language(made.reference, *row)[0].detach() for row in self.rows]
         self.values = [self._values(*row) for row in self.rows]
 
-    def _language(self, model: Any, prompt: tuple[int, ...], ids: tuple[int, ...]) -> tuple[Any, Any]:
-        logits = model(**_row(prompt + ids)).logits[0, len(prompt) - 1 : -1]
-        logs = (logits / self.config.temperature).log_softmax(-1)
-        return logs[range(len(ids)), ids], -(logs.exp() * logs).sum(-1)
-
     def _values(self, prompt: tuple[int, ...], ids: tuple[int, ...]) -> Any:
-        hidden = self.made.value.base_model(**_row(prompt + ids)).last_hidden_state[0]
+        hidden = self.made.value.base_model(**unpadded(prompt + ids)).last_hidden_state[0]
         return self.made.value.score(hidden)[len(prompt) - 1 : -1, 0]
 
     def rewards(self) -> list[list[float]]:
         result = []
-        for i, old in enumerate(self.logprobs):
-            row = [-self.config.kl_coef * float(p - r) for p, r in zip(old.detach(), self.ref[i], strict=True)]
-            clip = self.config.score_clip or math.inf
-            row[-1] += max(-clip, min(clip, self.scores[i])) - self.config.missing_eos_penalty * (not self.finished[i])
+        for old, ref, score in zip(self.logprobs, self.ref, self.shaped(), strict=True):
+            row = [-self.config.kl_coef * float(p - r) for p, r in zip(old.detach(), ref, strict=True)]
+            row[-1] += score
             result.append(row)
         return result
 
@@ -208,7 +145,7 @@ def test_one_step_assembles_what_a_second_computation_says() -> None:
     n = len(flat)
     mean = sum(flat) / n
     std = math.sqrt(sum((a - mean) ** 2 for a in flat) / n)
-    kl = [float((p - r).detach().sum()) for p, r in zip(oracle.logprobs, oracle.ref, strict=True)]
+    kl = oracle.kl()
     returns = [a + v for a, v in zip(flat, torch.cat(oracle.values).tolist(), strict=True)]
     white = torch.tensor([(a - mean) / std for a in flat], dtype=torch.float64)
     new = torch.cat(oracle.logprobs)
@@ -217,9 +154,6 @@ def test_one_step_assembles_what_a_second_computation_says() -> None:
     value_loss = (0.5 * (torch.cat(oracle.values) - torch.tensor(returns, dtype=torch.float64)) ** 2).mean()
     (policy_loss - 0.3 * entropy).backward()
     value_loss.backward()
-
-    def norm(model: Any) -> float:
-        return math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None))
 
     expected = {
         "rollout/score/mean": sum(oracle.scores) / len(oracle.scores),
@@ -235,8 +169,8 @@ def test_one_step_assembles_what_a_second_computation_says() -> None:
         "train/policy_loss": float(policy_loss.detach()),
         "train/entropy_nats": float(entropy.detach()),
         "train/value_loss": float(value_loss.detach()),
-        "train/grad_norm": norm(oracle.made.policy),
-        "train/value_grad_norm": norm(oracle.made.value),
+        "train/grad_norm": gradient_norm(oracle.made.policy),
+        "train/value_grad_norm": gradient_norm(oracle.made.value),
     }
     for name, value in expected.items():
         assert row[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from accord.methods.catalogue import POLICY_STAGES
+
 __all__ = ["add_parser"]
 
 
@@ -20,16 +22,13 @@ def add_parser(commands: Any) -> None:
     walks = kinds.add_parser(
         "randomwalks",
         help="shortest paths on a random graph, graded against the exact optimum",
-        description="Trains a small GPT-2 from nothing on random walks (SFT), then towards short ones (PPO), and "
-        "computes "
+        description="Trains a small GPT-2 from nothing on random walks (SFT), then towards short ones, and computes "
         "score, KL and the best possible objective exactly, by enumerating all legal walks.",
         epilog="examples:\n  accord benchmark randomwalks --method sft\n"
         "  accord benchmark randomwalks --method ppo --set ppo.kl_coef=0.1 --json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    walks.add_argument(
-        "--method", choices=("sft", "ppo"), default="ppo", help="what to train (default: ppo, after sft)"
-    )
+    walks.add_argument("--method", choices=POLICY_STAGES, default="ppo", help="what to train after sft (default: ppo)")
     walks.add_argument(
         "--seed", type=int, default=0, help="seed of the training; the graph stays the same (default: 0)"
     )

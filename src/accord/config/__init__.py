@@ -1,7 +1,16 @@
 """Configuration: what a recipe may say, how it is read, and which contradictions are refused. Torch-free."""
 
 from accord.config.load import load_recipe, recipe_from
-from accord.config.offline import DPOConfig, ILQLConfig, KTOConfig, ORPOConfig, PairLoss, RewardConfig, SFTConfig
+from accord.config.offline import (
+    MARGIN_FREE,
+    DPOConfig,
+    ILQLConfig,
+    KTOConfig,
+    ORPOConfig,
+    PairLoss,
+    RewardConfig,
+    SFTConfig,
+)
 from accord.config.online import (
     BestOfNConfig,
     GRPOConfig,
@@ -27,6 +36,7 @@ from accord.config.sections import (
 )
 
 __all__ = [
+    "MARGIN_FREE",
     "AdapterConfig",
     "BestOfNConfig",
     "DPOConfig",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
-from accord.config.offline import DPOConfig
+from accord.config.offline import MARGIN_FREE, DPOConfig, KTOConfig, PairLoss
 from accord.config.online import PPOConfig, REINFORCEConfig, RolloutFields, SamplingFields
 from accord.config.recipe import Recipe
+from accord.config.sections import Section
 
 __all__ = ["contradictions"]
 
@@ -40,10 +42,18 @@ def contradictions(recipe: Recipe) -> list[str]:
             problems.extend(_sampling(stage, section))
         if isinstance(section, RolloutFields):
             problems.extend(_rollout(stage, section))
+    return problems + _methods(recipe)
+
+
+def _methods(recipe: Recipe) -> list[str]:
+    """Contradictions within the section of one method."""
+    problems: list[str] = []
     if recipe.ppo is not None:
         problems.extend(_ppo(recipe.ppo))
     if recipe.dpo is not None:
         problems.extend(_dpo(recipe.dpo))
+    if recipe.kto is not None:
+        problems.extend(_kto(recipe.kto))
     if recipe.reinforce is not None:
         problems.extend(_reinforce(recipe.reinforce))
     if recipe.rft is not None and recipe.rft.end_quantile < recipe.rft.start_quantile:
@@ -70,17 +80,31 @@ def _rollout(stage: str, section: RolloutFields) -> list[str]:
 
 
 def _dpo(dpo: DPOConfig) -> list[str]:
-    """Options that the chosen loss would not read, when they were set on purpose."""
+    """Options that the chosen loss would not read, when they were changed on purpose."""
     readers = {
         "label_smoothing": ("conservative", "robust"),
         "target_margin": ("simpo",),
         "length_coef": ("rdpo",),
+        "use_margins": tuple(loss for loss in get_args(PairLoss) if loss not in MARGIN_FREE),
     }
     return [
         f"`dpo.{key}` is read only by `dpo.loss` = {' or '.join(losses)}, which is {dpo.loss}"
         for key, losses in readers.items()
-        if key in dpo.model_fields_set and dpo.loss not in losses
+        if _changed(dpo, key) and dpo.loss not in losses
     ]
+
+
+def _kto(kto: KTOConfig) -> list[str]:
+    return [
+        f"`kto.{key}` is read only by `kto.loss` = kto, which is {kto.loss}"
+        for key in ("desirable_weight", "undesirable_weight")
+        if _changed(kto, key) and kto.loss != "kto"
+    ]
+
+
+def _changed(section: Section, key: str) -> bool:
+    """Another value than the default: a resolved recipe names every key, and must still load."""
+    return getattr(section, key) != type(section).model_fields[key].default
 
 
 def _reinforce(reinforce: REINFORCEConfig) -> list[str]:

@@ -8,9 +8,10 @@ from pydantic import Field
 
 from accord.config.sections import OfflineFields
 
-__all__ = ["DPOConfig", "ILQLConfig", "KTOConfig", "ORPOConfig", "PairLoss", "RewardConfig", "SFTConfig"]
+__all__ = ["MARGIN_FREE", "DPOConfig", "ILQLConfig", "KTOConfig", "ORPOConfig", "PairLoss", "RewardConfig", "SFTConfig"]
 
 PairLoss = Literal["dpo", "conservative", "robust", "ipo", "hinge", "rdpo", "simpo", "cpo", "apo_zero", "apo_down"]
+MARGIN_FREE: frozenset[PairLoss] = frozenset({"ipo", "apo_zero", "apo_down"})  # losses without a place for margins
 
 
 class SFTConfig(OfflineFields):
@@ -67,7 +68,11 @@ class DPOConfig(OfflineFields):
     sft_coef: float | None = Field(
         None, ge=0, description="Weight of the chosen answers' SFT loss (RPO). Unset: 1 for cpo, 0 for the others."
     )
-    use_margins: bool = Field(True, description="Use the margins of the data where it has them and the loss can.")
+    use_margins: bool = Field(
+        False,
+        description="Ask of each pair an implicit reward larger by the margin of the data: its margin column, or the "
+        "difference of its two scores. Their unit is that of beta times a log-ratio.",
+    )
 
 
 class ORPOConfig(OfflineFields):
@@ -86,7 +91,9 @@ class KTOConfig(OfflineFields):
     beta: float = Field(0.1, gt=0, description="How dearly distance from the reference is paid.")
     learning_rate: float = Field(5e-6, ge=0, description="Peak learning rate of AdamW.")
     warmup_fraction: float = Field(0.1, ge=0, le=1, description="Share of the steps during which the rate rises.")
-    batch_size: int = Field(32, ge=2, description="Answers per optimiser step; the reference point needs at least two.")
+    batch_size: int = Field(
+        32, ge=2, description="Answers per optimiser step; the more, the steadier KTO's reference point."
+    )
     init: str | None = Field(None, description="Start from this model folder. Unset: the SFT stage, else `model.path`.")
     desirable_weight: float | None = Field(
         None, gt=0, description="Weight of desirable answers. Unset: chosen from the data's balance, and said."

@@ -93,7 +93,8 @@ class PPOConfig(PolicyGradientFields):
         True, description="Scale advantages to zero mean and unit variance over the rollout."
     )
     value_init: Literal["reward", "policy"] = Field(
-        "reward", description="The value model starts from the reward model, or from the policy with a new head."
+        "reward",
+        description="The value model starts from the reward model, or from the policy under a head of zeros.",
     )
 
 

@@ -29,7 +29,7 @@ from accord.data.formats_lists import dense_ranks
 from accord.errors import DataError
 from accord.records import Completion, Group, GroupKind
 
-__all__ = ["KINDS", "Conversion", "as_kind", "convert_groups", "nothing_fits", "writing"]
+__all__ = ["KINDS", "Conversion", "as_kind", "convert_groups", "nothing_fits", "pair_margin", "writing"]
 
 KINDS: tuple[GroupKind, ...] = get_args(GroupKind)
 
@@ -37,26 +37,39 @@ _FITS: dict[GroupKind, str] = {
     "prompts": "prompts",
     "sft": "sft or prompts",
     "pairs": "pairs, ranked, rated, sft or prompts",
-    "ranked": "ranked, pairs, sft or prompts",
+    "ranked": "ranked, pairs, sft or prompts (and rated when the answers have scores)",
     "rated": "rated, sft or prompts (and ranked or pairs when a prompt's answers are in one row)",
+}
+_METHODS: dict[GroupKind, str] = {
+    "prompts": "prompts alone are for the methods that sample, such as ppo",
+    "sft": "demonstrations are for sft",
+    "pairs": "pairs are for reward, dpo, orpo, kto and ilql",
+    "ranked": "rankings are for reward, dpo and orpo",
+    "rated": "single answers with labels are for kto or ilql, with scores for ilql, and several in one row also for "
+    "reward, dpo and orpo",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """Groups of one kind, and what was left out: (reason, how many), in order of appearance."""
+    """Groups of one kind; what was left out, (reason, how many); how many were of another kind, (which, how many)."""
 
     groups: tuple[Group, ...]
     dropped: tuple[tuple[str, int], ...]
+    changed: tuple[tuple[GroupKind, int], ...]
 
 
 def as_kind(groups: Iterable[Group], to: GroupKind) -> Conversion:
     """All of `groups` that can become the kind `to`. Raises DataError when none can, naming what they fit."""
-    dropped, kinds = Counter[str](), Counter[GroupKind]()
-    converted = tuple(convert_groups(groups, to, dropped, kinds))
+    dropped, kinds, changed = Counter[str](), Counter[GroupKind](), Counter[GroupKind]()
+    converted: list[Group] = []
+    for group in groups:
+        made = list(convert_groups((group,), to, dropped, kinds))
+        converted += made
+        changed[group.kind] += bool(made and made[0].kind != group.kind)
     if not converted:
         raise DataError(nothing_fits(to, dropped, kinds))
-    return Conversion(converted, tuple(dropped.items()))
+    return Conversion(tuple(converted), tuple(dropped.items()), tuple((k, n) for k, n in changed.items() if n))
 
 
 def convert_groups(
@@ -73,7 +86,8 @@ def nothing_fits(to: GroupKind, dropped: Counter[str], kinds: Counter[GroupKind]
     held = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "no groups"
     reasons = "; ".join(f"{count} {reason}" for reason, count in dropped.items())
     fits = "; ".join(f"{kind} fits {_FITS[kind]}" for kind in kinds)
-    return f"none of the data can become {to}: it holds {held} ({reasons}). {fits}."
+    methods = "; ".join(_METHODS[kind] for kind in kinds)
+    return f"none of the data can become {to}: it holds {held} ({reasons}). {fits}. {methods.capitalize()}."
 
 
 # --- rules -----------------------------------------------------------------------------------------------------------
@@ -164,12 +178,16 @@ def _to_pairs(group: Group, dropped: Counter[str]) -> tuple[Group, ...]:
 
 
 def _pair(group: Group, chosen: Completion, rejected: Completion) -> Group:
-    """Chosen first. A pair keeps its margin; a pair out of a list has the difference of its scores."""
-    made = replace(group, completions=(replace(chosen, rank=0), replace(rejected, rank=1)))
+    """Chosen first."""
+    answers = replace(chosen, rank=0), replace(rejected, rank=1)
+    return replace(group, completions=answers, margin=pair_margin(group, chosen, rejected))
+
+
+def pair_margin(group: Group, chosen: Completion, rejected: Completion) -> float | None:
+    """How much better `chosen` is, in score units: a pair's own margin, else the difference of scores, else unknown."""
     if len(group.completions) == 2 and group.margin is not None:
-        return made
-    scored = chosen.score is not None and rejected.score is not None
-    return replace(made, margin=chosen.score - rejected.score if scored else None)  # type: ignore[operator]
+        return group.margin
+    return None if chosen.score is None or rejected.score is None else chosen.score - rejected.score
 
 
 def _to_rated(group: Group, dropped: Counter[str]) -> tuple[Group, ...]:

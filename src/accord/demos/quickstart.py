@@ -37,7 +37,7 @@ from accord.tasks.assistant import (
 )
 from accord.training.runfolder import RunFolder
 
-__all__ = ["SETTINGS", "gold_utility", "run_quickstart"]
+__all__ = ["SETTINGS", "gold_utility", "run_annotators", "run_quickstart", "task_corpus", "with_comparisons"]
 
 NUM_DEMONSTRATIONS, NUM_COMPARED, NUM_PROMPTS, NUM_HELD_OUT = 6000, 5000, 4000, 500
 MAX_NEW_TOKENS = 48
@@ -84,23 +84,15 @@ def run_quickstart(
     `reward_function` replaces the reward model in PPO: with one that tells nothing, PPO must not win.
     """
     recipe = _recipe(out, seed, overrides, reward_function)
-    held_out = Part.of([p.group for p in prompts(NUM_HELD_OUT, seed, "heldout")], "held-out prompts")
-    corpus = Corpus(
-        sft=Part.of(demonstrations(NUM_DEMONSTRATIONS, seed), "demonstrations"),
-        prompts=Part.of([p.group for p in prompts(NUM_PROMPTS, seed + 1, "train")], "prompts"),
-        evaluation=held_out,
-    )
     functions: dict[str, RewardFunction] = {"ppo.gold_function": gold_utility, "evaluate.gold_function": gold_utility}
     if reward_function is not None:
         functions["ppo.reward_function"] = reward_function
-    context = Context(recipe, corpus, console, functions)
+    context = Context(recipe, task_corpus(seed), console, functions)
     _say_what_happens(console, out)
     STAGES["sft"](context)
     if recipe.reward is not None:
         run_annotators(context)
-        comparisons = read_groups(context.root / "annotate" / "comparisons.jsonl")
-        part = Part(comparisons.groups, {"comparisons": comparisons.fingerprint})
-        context = replace(context, corpus=replace(corpus, preferences=part))
+        context = with_comparisons(context)
         STAGES["reward"](context)
     STAGES["ppo"](context)
     evaluation = STAGES["evaluate"](context)
@@ -111,6 +103,22 @@ def run_quickstart(
     }
     write_overview(context, {"win_rates": win_rates, "seed": seed})
     return _closing(context, win_rates)
+
+
+def task_corpus(seed: int) -> Corpus:
+    """What the task gives before anybody has compared anything: demonstrations, prompts, prompts held out."""
+    return Corpus(
+        sft=Part.of(demonstrations(NUM_DEMONSTRATIONS, seed), "demonstrations"),
+        prompts=Part.of([p.group for p in prompts(NUM_PROMPTS, seed + 1, "train")], "prompts"),
+        evaluation=Part.of([p.group for p in prompts(NUM_HELD_OUT, seed, "heldout")], "held-out prompts"),
+    )
+
+
+def with_comparisons(context: Context) -> Context:
+    """The context with the comparisons that its annotators wrote."""
+    comparisons = read_groups(context.root / "annotate" / "comparisons.jsonl")
+    part = Part(comparisons.groups, {"comparisons": comparisons.fingerprint})
+    return replace(context, corpus=replace(context.corpus, preferences=part))
 
 
 def _recipe(out: Path, seed: int, overrides: Sequence[str], reward_function: RewardFunction | None) -> Recipe:

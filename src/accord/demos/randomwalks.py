@@ -18,6 +18,7 @@ from rich.console import Console
 from accord.config import Recipe, recipe_from
 from accord.config.load import merged, overrides_tree
 from accord.data.templates import Template
+from accord.demos.walk_preferences import with_preferences
 from accord.evaluation.exact_walks import WalksEvaluation, exact_evaluation
 from accord.methods.context import Context, headline, run_stage
 from accord.methods.corpus import Corpus, Part
@@ -30,12 +31,25 @@ from accord.training.runfolder import RunFolder
 
 __all__ = ["METHODS", "WalksResult", "run_randomwalks"]
 
-METHODS = ("sft", "ppo")
+METHODS = ("sft", "dpo", "orpo", "kto", "ppo", "rloo", "grpo", "reinforce", "online_dpo")
+# Learn from preferences over the behaviour clone's walks.
+FROM_PAIRS = ("dpo", "orpo", "kto")
 PAD, EOS = "<pad>", "<eos>"
 # The benchmark's model: 6 blocks of width 144 with 12 heads, 1.66 million parameters.
 SHAPE = ModelShape(hidden_size=144, layers=6, heads=12, max_positions=1024, kind="gpt2")
 EXACT_SAMPLES = 16
 
+# What the online methods share: every letter in every step, walks of at most 10 nodes.
+ROLLOUTS: dict[str, Any] = {
+    "episodes": 19_200,
+    "prompts_per_step": 20,
+    "samples_per_prompt": 16,
+    "max_new_tokens": 9,
+    "missing_eos_penalty": 0.0,
+    "learning_rate": 3e-4,
+    "checkpoint_every": 10,
+}
+PAIRS: dict[str, Any] = {"epochs": 6, "batch_size": 100, "learning_rate": 3e-4, "eval_every": 1000}
 SETTINGS: dict[str, Any] = {
     "threads": 1,
     "model": {"template": "raw"},
@@ -47,19 +61,20 @@ SETTINGS: dict[str, Any] = {
         "schedule": "linear",
         "eval_every": 1000,
     },
+    "dpo": {**PAIRS, "beta": 0.3},
+    "orpo": {**PAIRS, "odds_ratio_coef": 1.0},
+    "kto": {**PAIRS, "beta": 0.1},
     "ppo": {
+        **ROLLOUTS,
         "value_init": "policy",
-        "episodes": 19_200,
-        "prompts_per_step": 20,
-        "samples_per_prompt": 16,
-        "max_new_tokens": 9,
-        "missing_eos_penalty": 0.0,
         "kl_coef": 0.0,
-        "learning_rate": 3e-4,
         "update_epochs": 4,
         "minibatches": 2,
-        "checkpoint_every": 10,
     },
+    "rloo": {**ROLLOUTS, "kl_coef": 0.0},
+    "grpo": {**ROLLOUTS, "kl_coef": 0.0},
+    "reinforce": {**ROLLOUTS, "kl_coef": 0.0},
+    "online_dpo": {**ROLLOUTS},
 }
 
 
@@ -95,26 +110,41 @@ def run_randomwalks(
     def optimality(prompt: str, completion: str) -> float:
         return walks.optimality(prompt + completion)
 
-    context = Context(recipe, corpus, console, {"ppo.reward_function": optimality})
+    context = Context(recipe, corpus, console, {f"{method}.reward_function": optimality})
     start = run_stage(context, "base", settings={"graph": graph_seed}, sources={}, body=lambda run: _base(context, run))
     base = context.root / "base" / "model"
     context = replace(
         context, recipe=recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(base)})})
     )
-    stages = METHODS[: METHODS.index(method) + 1]
-    seconds = start["seconds"] + sum(STAGES[stage](context)["seconds"] for stage in stages)
-    kl_coef = recipe.ppo.kl_coef if recipe.ppo is not None and method == "ppo" else 0.0
+    seconds = start["seconds"] + STAGES["sft"](context)["seconds"]
+    if method in FROM_PAIRS:
+        context = with_preferences(context, walks)
+    if method != "sft":
+        seconds += STAGES[method](context)["seconds"]
+    kl_coef = _kl_coef(recipe, method)
     return WalksResult(method, kl_coef, _exact(context, walks, method, kl_coef), seconds, context.root)
 
 
 def _recipe(method: str, seed: int, overrides: Sequence[str], out: Path | None, graph_seed: int) -> Recipe:
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}")
-    stages = {stage: SETTINGS[stage] for stage in METHODS[: METHODS.index(method) + 1]}
+    stages = {stage: SETTINGS[stage] for stage in _stages(method)}
     tree = merged({**{key: SETTINGS[key] for key in ("threads", "model", "data")}, **stages}, overrides_tree(overrides))
     tree |= {"name": f"randomwalks-{method}", "seed": seed}
     folder = out or Path("runs") / f"randomwalks-{method}-{content_id([tree, graph_seed]):016x}"[:40]
     return recipe_from({**tree, "out": str(folder)}, source="benchmark randomwalks")
+
+
+def _kl_coef(recipe: Recipe, method: str) -> float:
+    """What the method pays for a nat of KL: DPO's beta, where the labels' Bradley-Terry scale is the optimality's."""
+    if recipe.dpo is not None and recipe.dpo.loss == "dpo":
+        return recipe.dpo.beta
+    return getattr(getattr(recipe, method), "kl_coef", 0.0)
+
+
+def _stages(method: str) -> tuple[str, ...]:
+    """What is trained, in order: behaviour cloning comes first."""
+    return tuple(dict.fromkeys(("sft", method)))
 
 
 def _base(context: Context, run: RunFolder) -> dict[str, Any]:

@@ -8,18 +8,31 @@ than its variance:
     k2 = x^2 / 2          biased     wrong                           the gradient of the KL
     k3 = exp(-x) - 1 + x  unbiased   wrong                           the gradient of KL(reference || policy)
 
-So rewards are penalised with k1, and k3 (small variance, never negative) is for showing.
+So rewards are penalised with k1, losses with k2, and k3 (small variance, never negative) is for showing; as a loss it
+is here because GRPO was published with it.
 Left out: per-token clamping of k1 at 0, which biases it upwards.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from accord.losses.masked import full_precision, require_same_shape
+from accord.losses.masked import counted, full_precision, masked_sum, require_same_shape
 
-__all__ = ["adaptive_kl_coef", "categorical_kl", "kl_k1", "kl_k2", "kl_k3"]
+__all__ = ["KLLoss", "adaptive_kl_coef", "categorical_kl", "kl_k1", "kl_k2", "kl_k2_loss", "kl_k3", "kl_k3_loss"]
+
+
+@dataclass(frozen=True, slots=True)
+class KLLoss:
+    """loss () to differentiate; estimate_sum () nats, unweighted, and token_count () of this call, detached."""
+
+    loss: Tensor
+    estimate_sum: Tensor
+    token_count: Tensor
 
 
 def kl_k1(policy_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -44,6 +57,57 @@ def kl_k3(policy_logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """
     x = kl_k1(policy_logprobs, ref_logprobs)
     return torch.expm1(-x) + x
+
+
+def kl_k2_loss(policy_logprobs: Tensor, ref_logprobs: Tensor, weights: Tensor, loss_mask: Tensor) -> KLLoss:
+    """k2 as a loss: each token is pulled towards the reference along the gradient of KL(policy || reference).
+
+        loss = sum(mask * weights * x^2 / 2),   gradient = sum(mask * weights * x * grad policy_logprobs)
+
+    That is the gradient of the KL of each token's distribution, given the tokens before it. What an early token does to
+    the KL of later ones has no gradient here, but has one with k1 in the reward: only that one is the gradient of the
+    KL of whole completions. Both hold for tokens the current policy wrote; after further updates on the same tokens
+    they are approximations.
+
+    Shapes: C completions, T tokens; weights are those of the policy loss, so that a token's KL counts as its advantage
+        does.
+        policy_logprobs  (C, T) float, nats   requires grad
+        ref_logprobs     (C, T) float, nats   no gradient passes
+        weights          (C, T) float         what each token weighs, normalised over the optimizer step
+        loss_mask        (C, T) bool          True = counts
+    Raises: ValueError on shapes that differ.
+    Source: Schulman 2020, http://joschu.net/blog/kl-approx.html; Tang and Munos 2025, arXiv:2506.09477.
+    Tested by: tests/golden/test_golden_group.py, tests/property/test_losses_group.py
+    """
+    return _kl_loss(kl_k2, policy_logprobs, ref_logprobs, weights, loss_mask)
+
+
+def kl_k3_loss(policy_logprobs: Tensor, ref_logprobs: Tensor, weights: Tensor, loss_mask: Tensor) -> KLLoss:
+    """k3 as a loss, as GRPO was published: its value is the KL's, its gradient that of KL(reference || policy).
+
+        loss = sum(mask * weights * (exp(-x) - 1 + x)),   gradient = sum(mask * weights * (1 - exp(-x)) grad logprobs)
+
+    The pull of a token that the policy has made ever likelier stays below its weight, where k2's grows with x; that of
+    one it has made unlikely grows exponentially. Near the reference, x small, the two agree.
+
+    Shapes, errors and tests as `kl_k2_loss`. Source: Shao et al. 2024, arXiv:2402.03300, eq. 4.
+    """
+    return _kl_loss(kl_k3, policy_logprobs, ref_logprobs, weights, loss_mask)
+
+
+def _kl_loss(
+    estimator: Callable[[Tensor, Tensor], Tensor],
+    policy_logprobs: Tensor,
+    ref_logprobs: Tensor,
+    weights: Tensor,
+    loss_mask: Tensor,
+) -> KLLoss:
+    estimate = estimator(counted(policy_logprobs, loss_mask), counted(ref_logprobs.detach(), loss_mask))
+    return KLLoss(
+        loss=(counted(weights, loss_mask) * estimate).sum(),
+        estimate_sum=masked_sum(estimate.detach(), loss_mask),
+        token_count=loss_mask.sum(),
+    )
 
 
 def categorical_kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:

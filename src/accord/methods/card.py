@@ -9,10 +9,20 @@ from typing import Any
 import yaml
 
 from accord import __version__
-from accord.config import Recipe
+from accord.config import AdapterConfig, Recipe
 from accord.methods.catalogue import STAGES
 
 __all__ = ["model_card"]
+
+
+def _adapter_note(adapter: AdapterConfig | None) -> str:
+    if adapter is None:
+        return ""
+    layers = " and ".join(f"`{target}`" for target in adapter.targets) or "all linear layers"
+    return (
+        f" What was trained is a low-rank adapter of {layers} (rank {adapter.rank}, alpha {adapter.alpha:g}): it is "
+        "folded into these weights, and stands by itself in the folder `adapter` beside this one, for peft."
+    )
 
 
 def model_card(
@@ -33,7 +43,8 @@ def model_card(
     data = [f"- {name}: `{fingerprint}`" for name, fingerprint in sources.items()]
     parts = [
         f"---\n{header}---\n\n# {title}: {recipe.name}",
-        f"Trained with Accord {__version__} (stage `{stage}`, seed {recipe.seed}), starting from `{start}`.",
+        f"Trained with Accord {__version__} (stage `{stage}`, seed {recipe.seed}), starting from `{start}`."
+        + _adapter_note(recipe.model.adapter),
         "\n\n".join([*summary.get("account", ()), *(f"**Warning:** {w}" for w in summary.get("warnings", ()))]),
         "## Measured\n\n| number | value | 95% interval |\n|---|---|---|\n" + "\n".join(numbers) if numbers else "",
         "## Data and starting weights, by content hash\n\n" + "\n".join(data),

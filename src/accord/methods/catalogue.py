@@ -9,7 +9,7 @@ from typing import Literal
 
 __all__ = ["POLICY_STAGES", "STAGES", "Stage"]
 
-Data = Literal["demonstrations", "comparisons", "pairs", "ratings", "prompts", "evaluation"]
+Data = Literal["demonstrations", "comparisons", "labels", "ratings", "prompts", "evaluation"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ _STAGES = (
     ),
     Stage(
         "dpo", "Policy trained with DPO", "direct preference optimisation and its kin, from pairs",
-        "pairs", 1, 0, "policy",
+        "comparisons", 1, 0, "policy",
         "accord dpo recipe.yaml --set dpo.beta=0.1 --set dpo.loss=ipo",
         needs="pairs (rankings and ratings convert); reference log-probabilities, computed once",
         costs="1 model trained; about twice SFT's time a pair",
@@ -66,7 +66,7 @@ _STAGES = (
     ),
     Stage(
         "orpo", "Policy trained with ORPO", "odds-ratio preference optimisation, from pairs, without a reference",
-        "pairs", 1, 0, "policy",
+        "comparisons", 1, 0, "policy",
         "accord orpo recipe.yaml --set orpo.odds_ratio_coef=0.2",
         needs="pairs; no reference",
         costs="1 model trained; about twice SFT's time a pair",
@@ -74,7 +74,7 @@ _STAGES = (
     ),
     Stage(
         "kto", "Policy trained with KTO", "learn from answers marked good or bad (KTO, BCO)",
-        "ratings", 1, 0, "policy",
+        "labels", 1, 0, "policy",
         "accord kto recipe.yaml --set kto.beta=0.1",
         needs="single answers marked good or bad (pairs convert); reference log-probabilities, computed once",
         costs="1 model trained; one more forward pass a step for the reference point",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -18,7 +18,9 @@ from accord.config import Recipe
 from accord.data.templates import Template
 from accord.data.tokenise import tokenise_groups
 from accord.errors import ConfigError
+from accord.methods.catalogue import STAGES
 from accord.methods.corpus import Corpus, Part
+from accord.models.adapters import add_adapter, has_adapter, merged, save_adapter
 from accord.models.layout import Layout, layout_cost
 from accord.models.load import ModelShape, build_model, load_policy, save_model
 from accord.models.paths import check_model_path
@@ -28,16 +30,19 @@ from accord.randomness import torch_seed
 from accord.records import Group, Interval, TokenGroup
 from accord.report.stage import stage_report
 from accord.rewards.scorers import RewardFunction
+from accord.training.environment import peak_memory_mb
 from accord.training.runfolder import RunFolder
 
 __all__ = [
     "Context",
     "LoadedPolicy",
+    "adapt",
     "base_folder",
     "choose_layout",
     "data_note",
     "headline",
     "run_stage",
+    "save_trained",
     "stage_model",
     "tokenised",
     "weights_hash",
@@ -73,23 +78,53 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class LoadedPolicy:
-    """A language model with the template its text goes through."""
+    """A language model with the template its text goes through, and where it was loaded from."""
 
     model: Any
     template: Template
+    start: Path | str
 
     @property
     def pad_id(self) -> int:
         return self.template.pad_id
 
     def save(self, folder: Path, card: str) -> None:
-        """Write the model with its tokenizer, template and card."""
-        save_model(self.model, self.template.tokenizer, folder, stop_ids=self.template.stop_ids, card=card)
+        """Write the model with its tokenizer, template and card, as `save_trained`."""
+        stop_ids = self.template.stop_ids
+        save_trained(self.model, self.template.tokenizer, folder, start=self.start, card=card, stop_ids=stop_ids)
 
     @classmethod
     def from_folder(cls, folder: Path | str, choice: str) -> LoadedPolicy:
         model, tokenizer = load_policy(folder)
-        return cls(model, Template.of(tokenizer, choice))
+        return cls(model, Template.of(tokenizer, choice), folder)
+
+    @classmethod
+    def to_train(cls, context: Context, folder: Path | str, stage: str) -> LoadedPolicy:
+        """The policy a stage trains: as `from_folder`, with a fresh adapter if the recipe has one. A fresh adapter
+        changes no bit, so this is the reference too, as long as nothing has been trained."""
+        policy = cls.from_folder(folder, context.recipe.model.template)
+        adapt(context, policy.model, stage)
+        return policy
+
+
+def adapt(context: Context, model: Any, *key: str) -> None:
+    """Put the adapter that the recipe asks for into a model that is to be trained; `key` is its randomness's."""
+    adapter = context.recipe.model.adapter
+    if adapter is not None:
+        seed = torch_seed(context.seed, "adapter", *key)
+        add_adapter(model, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets, seed=seed)
+
+
+def save_trained(
+    model: Any, tokenizer: Any, folder: Path, *, start: Path | str, card: str, stop_ids: Sequence[int] = ()
+) -> None:
+    """Write a model that a stage trained from `start`: a plain one, with the adapter folded in if there is one, and the
+    adapter by itself in `adapter` beside it."""
+    if has_adapter(model):
+        base = str(Path(start).absolute()) if Path(start).is_dir() else str(start)
+        save_adapter(model, folder.with_name("adapter"), base=base)
+        model = merged(model)
+    save_model(model, tokenizer, folder, stop_ids=stop_ids, card=card)
 
 
 def run_stage(
@@ -109,7 +144,7 @@ def run_stage(
     context.console.print(f"\n[bold]{stage}[/]  {folder}", highlight=False)
     if context.recipe.threads is not None:
         torch.set_num_threads(context.recipe.threads)
-    resolved = {"stage": stage, "seed": context.seed, "model": context.recipe.model.model_dump(mode="json"), **settings}
+    resolved = {"stage": stage, "seed": context.seed, "model": _model_settings(context, stage), **settings}
     started = time.monotonic()
     with RunFolder.open(folder, resolved_config=resolved, fingerprints=sources) as run:
         summary = run.finished
@@ -120,11 +155,18 @@ def run_stage(
                 context.say(note)
             summary = {"stage": stage, **body(run)}
             summary["seconds"] = time.monotonic() - started
+            summary["peak_memory_mb"] = peak_memory_mb()
             run.finish(summary)
             _tell(context, summary)
     if not (folder / "report.html").exists():
         stage_report(folder)
     return summary
+
+
+def _model_settings(context: Context, stage: str) -> dict[str, Any]:
+    """The model's settings a stage depends on: only one that trains depends on the adapter."""
+    trains = stage in STAGES and STAGES[stage].trained > 0
+    return context.recipe.model.model_dump(mode="json", exclude=None if trains else {"adapter"})
 
 
 def _tell(context: Context, summary: Mapping[str, Any]) -> None:

@@ -26,17 +26,17 @@ class Part:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, groups: Sequence[Group], name: str) -> Part:
+    def of(cls, groups: Sequence[Group], name: str, notes: Sequence[str] = ()) -> Part:
         """Groups that are in memory already; their content stands for a file's."""
         blob = [
             [
                 [[m.role, m.content, m.learn] for m in g.prompt],
-                [[[m.content for m in c.messages], c.rank, c.score, c.label] for c in g.completions],
+                [[[m.content for m in c.messages], c.rank, c.score, c.label, c.rewards] for c in g.completions],
                 [g.margin, g.soft_label, g.reference],
             ]
             for g in groups
         ]
-        return cls(tuple(groups), {name: f"{content_id(blob):016x}"})
+        return cls(tuple(groups), {name: f"{content_id(blob):016x}"}, tuple(f"{name}: {note}" for note in notes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,22 +57,35 @@ class Corpus:
         raise DataError("no demonstrations: set `data.sft` (or `data.preferences`, whose chosen answers would serve)")
 
     def comparisons(self) -> Part:
-        """For the reward model: groups with ranked completions."""
+        """For the reward model, DPO and ORPO: groups with ranked completions."""
         if not self.preferences.groups:
             raise DataError("no comparisons: set `data.preferences` to a file of pairs, rankings or ratings")
         return _converted(self.preferences, "ranked")
 
-    def pairs(self) -> Part:
-        """For DPO and ORPO: groups of a chosen and a rejected answer."""
-        if not self.preferences.groups:
-            raise DataError("no comparisons: set `data.preferences` to a file of pairs, rankings or ratings")
-        return _converted(self.preferences, "pairs")
-
     def ratings(self) -> Part:
-        """For KTO and ILQL: answers that are marked good or bad, or scored."""
+        """For ILQL: answers that are marked good or bad, or scored."""
         if not self.preferences.groups:
             raise DataError("no ratings: set `data.preferences` to a file of marked or scored answers, or of pairs")
         return _converted(self.preferences, "rated")
+
+    def labelled(self) -> Part:
+        """For KTO: single answers, each marked good or bad; the two answers of a pair become one of each."""
+        rated = self.ratings()
+        answers = [(group, completion) for group in rated.groups for completion in group.completions]
+        marked = tuple(Group(g.prompt, (c,), origin=g.origin) for g, c in answers if c.label is not None)
+        if not marked:
+            raise DataError(
+                "the answers of `data.preferences` have scores, and kto learns from marks: give each answer a `label`, "
+                "true or false (for instance, whether its score is above a threshold of yours), or use ilql, which "
+                "learns from scores; rankings fit dpo and orpo"
+            )
+        notes: tuple[str, ...] = ()
+        if len(marked) < len(answers):
+            notes += (f"{len(answers) - len(marked)} answers with a score and no label left out",)
+        soft = sum(g.kind == "pairs" and g.soft_label not in (None, 1.0) for g in self.preferences.groups)
+        if soft:
+            notes += (f"{soft} soft labels of pairs are taken as certain",)
+        return Part(marked, rated.sources, (*rated.notes, *notes))
 
     def all_prompts(self) -> Part:
         """For PPO: distinct prompts of `data.prompts`, else of `data.preferences`, else of `data.sft`."""
@@ -126,8 +139,24 @@ def _read(sources: tuple[Source, ...], lenient: bool) -> Part:
 
 def _converted(part: Part, kind: GroupKind, note: str = "") -> Part:
     conversion = as_kind(part.groups, kind)
-    dropped = tuple(f"{count} {reason} left out" for reason, count in conversion.dropped)
-    return Part(conversion.groups, part.sources, (*part.notes, *((note,) if note else ()), *dropped))
+    changed = tuple(
+        f"{count:,} {_BECAME[came_from, kind]}"
+        for came_from, count in conversion.changed
+        if (came_from, kind) in _BECAME
+    )
+    dropped = tuple(f"{count:,} {reason} left out" for reason, count in conversion.dropped)
+    return Part(conversion.groups, part.sources, (*part.notes, *((note,) if note else ()), *changed, *dropped))
+
+
+# What is said of groups of one kind that serve as another. Prompts are told apart by the note of where they come from.
+_BECAME: dict[tuple[GroupKind, GroupKind], str] = {
+    ("pairs", "sft"): "pairs give their chosen answers",
+    ("ranked", "sft"): "rankings give their best answers",
+    ("rated", "sft"): "rated answers or lists give the good or best answers",
+    ("rated", "ranked"): "lists of rated answers are ranked by score or label",
+    ("pairs", "rated"): "pairs give a desirable and an undesirable answer each",
+    ("ranked", "rated"): "rankings give the scores of their answers",
+}
 
 
 def _distinct(part: Part) -> Part:

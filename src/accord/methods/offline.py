@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
@@ -12,9 +11,11 @@ from torch import Tensor
 
 from accord.config import OptimiserFields
 from accord.data.order import batch_indices, epochs_done, micro_batches, num_steps
+from accord.models.adapters import load_trainable_state, trainable_state
 from accord.models.layout import CompletionBatch, Layout, collate
 from accord.models.token_scores import score_tokens
 from accord.records import TokenGroup
+from accord.training.environment import peak_memory_mb
 from accord.training.loop import Captured, StepOutcome
 from accord.training.optim import Optimiser, learning_rate_at
 
@@ -25,7 +26,6 @@ __all__ = [
     "PolicyLogprobs",
     "Schedule",
     "group_passes",
-    "peak_memory_mb",
     "sequence_logprobs",
 ]
 
@@ -144,7 +144,7 @@ class OfflineTrainer(Generic[Item]):
 
     def capture(self) -> Captured:
         return Captured(
-            {"model": dict(self._model.state_dict()), "optimiser": self._optimiser.tensors()},
+            {"model": trainable_state(self._model), "optimiser": self._optimiser.tensors()},
             {
                 "optimiser": self._optimiser.counters(),
                 "tokens": self._tokens,
@@ -154,7 +154,7 @@ class OfflineTrainer(Generic[Item]):
         )
 
     def restore(self, captured: Captured) -> None:
-        self._model.load_state_dict(captured.tensors["model"])
+        load_trainable_state(self._model, captured.tensors["model"])
         self._optimiser.restore(captured.tensors["optimiser"], captured.values["optimiser"])
         self._tokens, self._sequences = captured.values["tokens"], captured.values["sequences"]
         if self._memory is not None:
@@ -167,11 +167,12 @@ class OfflineTrainer(Generic[Item]):
 
 
 def sequence_logprobs(model: Any, groups: Sequence[TokenGroup], *, layout: Layout, pad_id: int, budget: int) -> Tensor:
-    """(C,) log-probability of every completion's counted tokens, summed, in the groups' order; without gradient."""
+    """(C,) log-probability of every completion's counted tokens, summed, in the groups' order; without gradient, in
+    float32 at least."""
     first = [0]
     for group in groups:
         first.append(first[-1] + len(group.completions))
-    result = torch.zeros(first[-1])
+    result = torch.zeros(first[-1], dtype=torch.promote_types(model.dtype, torch.float32))
     for indices in group_passes(range(len(groups)), lambda i: groups[i], layout, budget):
         batch = collate([groups[i] for i in indices], layout=layout, pad_id=pad_id)
         with torch.no_grad():
@@ -191,8 +192,3 @@ def group_passes(
 
 def _longest(group: TokenGroup) -> int:
     return len(group.prompt_ids) + max(len(c.ids) for c in group.completions)
-
-
-def peak_memory_mb() -> float:
-    """The most memory this process has held so far, in 10^6 bytes (Linux reports kibibytes)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

@@ -1,18 +1,43 @@
-"""What all online methods share: which prompts a step takes, how a score becomes a reward, what is logged."""
+"""What all online methods share: which prompts a step takes, how a score becomes a reward, how a rollout is cut into
+updates and forward passes, what is logged."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from accord.config import RolloutFields
 from accord.data.order import batch_indices
 from accord.losses.masked import masked_mean
 from accord.measures.text import distinct_n, repetition
-from accord.methods.rollouts import Rollout
+from accord.methods.offline import group_passes
+from accord.methods.rollouts import Rollout, RolloutModels
+from accord.models.layout import CompletionBatch, collate
+from accord.randomness import permutation
+from accord.records import TokenGroup
+from accord.training.environment import peak_memory_mb
+from accord.training.loop import StepOutcome
 
-__all__ = ["RATIO_TOLERANCE", "prompt_indices", "rollout_metrics", "samples_of", "shaped_scores"]
+__all__ = [
+    "RATIO_TOLERANCE",
+    "Choice",
+    "Part",
+    "add_sums",
+    "minibatches",
+    "parts",
+    "prompt_indices",
+    "ratio_deviation",
+    "rollout_metrics",
+    "samples_of",
+    "shaped_scores",
+    "step_outcome",
+    "whole",
+]
 
 RATIO_TOLERANCE = 1e-5
 SAMPLES_KEPT = 4
@@ -30,6 +55,79 @@ def shaped_scores(rollout: Rollout, section: RolloutFields) -> Tensor:
         rollout.scores if section.score_clip is None else rollout.scores.clamp(-section.score_clip, section.score_clip)
     )
     return scores - section.missing_eos_penalty * (~rollout.finished)
+
+
+# --- from a rollout to forward passes --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The completions of a rollout that are learned from: groups, and where each one's completions stand in it."""
+
+    groups: tuple[TokenGroup, ...]
+    rows: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One forward pass's share of an update: its batch, and what the rollout knows of the same completions.
+
+    groups        whose completions are in the batch, in its order
+    rows          (C,) int64   where the completions stand in the rollout
+    mask          (C, T) bool  True = a real token
+    old_logprobs, ref_logprobs  (C, T) nats
+    """
+
+    batch: CompletionBatch
+    groups: tuple[TokenGroup, ...]
+    rows: Tensor
+    mask: Tensor
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+
+
+def whole(rollout: Rollout) -> Choice:
+    """Every completion of the rollout, in its order."""
+    ends = [0]
+    for group in rollout.groups:
+        ends.append(ends[-1] + len(group.completions))
+    return Choice(rollout.groups, tuple(tuple(range(*pair)) for pair in pairwise(ends)))
+
+
+def minibatches(step: int, section: RolloutFields, count: int, seed: int, stage: str) -> Iterator[list[int]]:
+    """Which of `count` groups make each update of a rollout: `update_epochs` passes, each shuffled afresh and cut into
+    `minibatches` parts. A part without groups, when there are fewer, is left out."""
+    for epoch in range(section.update_epochs):
+        order = permutation(count, f"{stage}-update", seed, step, epoch)
+        yield from filter(None, (order[part :: section.minibatches] for part in range(section.minibatches)))
+
+
+def parts(
+    rollout: Rollout, choice: Choice, groups: Sequence[int], models: RolloutModels, section: RolloutFields
+) -> Iterator[Part]:
+    """The chosen groups of one update, in forward passes of at most `micro_batch_tokens` tokens."""
+    budget, pad_id = section.micro_batch_tokens, models.template.pad_id
+    for indices in group_passes(groups, lambda g: choice.groups[g], models.layout, budget):
+        chosen = tuple(choice.groups[g] for g in indices)
+        batch = collate(chosen, layout=models.layout, pad_id=pad_id)
+        rows = torch.tensor([row for g in indices for row in choice.rows[g]])
+        width = batch.valid_mask.shape[1]
+        old, ref = rollout.old_logprobs[rows, :width], rollout.ref_logprobs[rows, :width]
+        yield Part(batch, chosen, rows, batch.valid_mask, old, ref)
+
+
+def ratio_deviation(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> float:
+    """Largest |p / p_old - 1| of a token: rounding, as long as nothing has been updated."""
+    return float(((logprobs.detach() - old_logprobs).exp() - 1)[mask].abs().max())
+
+
+def add_sums(totals: dict[str, float], part: Mapping[str, float | Tensor]) -> None:
+    """Add the numbers of `part` to those of the same name in `totals`, which is changed."""
+    for name, number in part.items():
+        totals[name] = totals.get(name, 0.0) + float(number)
+
+
+# --- what is logged --------------------------------------------------------------------------------------------------
 
 
 def rollout_metrics(rollout: Rollout, kl: Tensor, rewards: Tensor) -> dict[str, float]:
@@ -54,6 +152,32 @@ def rollout_metrics(rollout: Rollout, kl: Tensor, rewards: Tensor) -> dict[str, 
         metrics["rollout/gold_utility/mean"] = float(rollout.gold.mean())
         metrics["rollout/gold_utility/std"] = float(rollout.gold.std(unbiased=False))
     return metrics
+
+
+def step_outcome(
+    step: int,
+    total_steps: int,
+    rollout: Rollout,
+    section: RolloutFields,
+    metrics: Mapping[str, float],
+    *,
+    score_seconds: float,
+    update_seconds: float,
+) -> StepOutcome:
+    """A step's report: `metrics` with progress and clocks, the status line, and samples when they are due."""
+    seconds = rollout.generate_seconds + score_seconds + update_seconds
+    progress = {
+        "rollout/prompts": step * section.prompts_per_step,
+        "rollout/samples": step * section.prompts_per_step * section.samples_per_prompt,
+        "time/generate_seconds": rollout.generate_seconds,
+        "time/score_seconds": score_seconds,
+        "time/update_seconds": update_seconds,
+        "system/tokens_per_second": float(rollout.mask.sum()) / seconds,
+        "system/peak_memory_mb": peak_memory_mb(),
+    }
+    status = f"score {metrics['rollout/score/mean']:+.2f}  KL {metrics['rollout/kl_per_sequence_nats']:.2f}"
+    due = step == 1 or step % section.samples_every == 0 or step == total_steps
+    return StepOutcome({**metrics, **progress}, status, samples_of(rollout) if due else ())
 
 
 def samples_of(rollout: Rollout) -> tuple[dict[str, Any], ...]:

@@ -17,6 +17,7 @@ __all__ = ["online_summary"]
 class Online(Protocol):
     """What the account needs of an online trainer."""
 
+    stage: str
     total_steps: int
     episodes_per_step: int
     drift: float
@@ -42,7 +43,7 @@ def online_summary(run: RunFolder, trainer: Online, section: RolloutFields, scor
     warnings = []
     if trainer.drift > RATIO_TOLERANCE:
         advice = (
-            "Set ppo.old_logprobs=recompute."
+            f"Set {trainer.stage}.old_logprobs=recompute."
             if section.old_logprobs == "sampler"
             else "The model is not deterministic."
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from accord.config import OfflineFields, Recipe, RFTConfig, RolloutFields, ScratchConfig
+from accord.config import AdapterConfig, OfflineFields, Recipe, RFTConfig, RolloutFields, ScratchConfig
 from accord.data.order import num_steps
 from accord.errors import ConfigError, DataError
 from accord.methods.catalogue import STAGES
@@ -21,6 +21,8 @@ __all__ = ["check_sizes", "num_parameters", "plan_table", "stages_of"]
 
 # fp32 bytes for each parameter: weights, gradient and AdamW's two moments while training; weights alone while frozen.
 TRAINED, FROZEN = 16, 4
+# Parts of the names of matrices that are no linear layers of the trunk.
+NOT_LINEAR = ("embed", "wte", "wpe", "lm_head", "score")
 
 
 def stages_of(recipe: Recipe) -> list[str]:
@@ -38,27 +40,37 @@ def num_parameters(recipe: Recipe) -> int | None:
     """
     if recipe.model.scratch is not None:
         return _scratch_parameters(recipe.model.scratch)
-    if recipe.model.path is None:
-        return None
-    embedded = recipe.model.path == "quickstart"
-    folder = Path(str(files("accord") / "assets" / "quickstart")) if embedded else Path(recipe.model.path)
-    check_model_path(folder if embedded else recipe.model.path)
-    return sum(_tensor_sizes(file) for file in sorted(folder.glob("*.safetensors"))) or None
+    return sum(math.prod(shape) for shape in _file_shapes(recipe).values()) or None
 
 
 def plan_table(recipe: Recipe, corpus: Corpus, stages: list[str]) -> Table:
     """One row a stage: data, steps, models in memory. Raises DataError where a stage's data is missing."""
-    parameters = num_parameters(recipe)
+    parameters, adapter = num_parameters(recipe), recipe.model.adapter
+    small = 0 if adapter is None else _adapter_parameters(recipe, adapter)
     table = Table("stage", "data", "steps", "models in memory", "weights and optimiser, fp32")
     for stage in stages:
         data, steps = _sizes(recipe, corpus, stage)
         trained, frozen = STAGES[stage].trained, STAGES[stage].frozen
-        memory = f"{parameters * (trained * TRAINED + frozen * FROZEN) / 1e6:,.0f} MB" if parameters else "unknown"
-        table.add_row(stage, data, steps, f"{trained} trained, {frozen} frozen", memory)
+        if adapter is None or not trained:
+            models, bytes_needed = f"{trained} trained, {frozen} frozen", trained * TRAINED * (parameters or 0)
+        else:
+            frozen = _frozen_with_adapters(recipe, stage)
+            models, bytes_needed = f"{trained} adapter{'s' * (trained > 1)}, {frozen} frozen", trained * TRAINED * small
+        bytes_needed += frozen * FROZEN * (parameters or 0)
+        table.add_row(stage, data, steps, models, f"{bytes_needed / 1e6:,.0f} MB" if parameters else "unknown")
     table.caption = (
-        f"{parameters:,} parameters; activations come on top" if parameters else "a model that is not a local folder"
+        f"{parameters:,} parameters{f', about {small:,} in an adapter' if small else ''}; activations come on top"
+        if parameters
+        else "a model that is not a local folder"
     )
     return table
+
+
+def _frozen_with_adapters(recipe: Recipe, stage: str) -> int:
+    """Models whose weights are in memory: the policy, which is its own reference, and what scores. A value model shares
+    the weights of the model it starts from."""
+    has_reference = isinstance(getattr(recipe, stage), RolloutFields)
+    return 1 + STAGES[stage].frozen - has_reference
 
 
 def check_sizes(recipe: Recipe, corpus: Corpus, stages: list[str]) -> None:
@@ -87,8 +99,13 @@ def _sizes(recipe: Recipe, corpus: Corpus, stage: str) -> tuple[str, str]:
 
 
 def _part(corpus: Corpus, data: str) -> Part:
-    parts = {"demonstrations": corpus.demonstrations, "comparisons": corpus.comparisons, "pairs": corpus.pairs}
-    return parts.get(data, corpus.ratings)()
+    parts = {
+        "demonstrations": corpus.demonstrations,
+        "comparisons": corpus.comparisons,
+        "labels": corpus.labelled,
+        "ratings": corpus.ratings,
+    }
+    return parts[data]()
 
 
 def _offline_sizes(part: Part, section: OfflineFields, stage: str, holdout: float) -> tuple[str, str]:
@@ -112,11 +129,48 @@ def _evaluation_sizes(corpus: Corpus, holdout: float) -> str:
     return f"{len(held_out):,} held-out prompts"
 
 
-def _tensor_sizes(file: Path) -> int:
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(length))
-    return sum(math.prod(t["shape"]) for name, t in header.items() if name != "__metadata__")
+def _file_shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of `model.path`, by name; empty for a hub id and for no path at all."""
+    if recipe.model.path is None:
+        return {}
+    embedded = recipe.model.path == "quickstart"
+    folder = Path(str(files("accord") / "assets" / "quickstart")) if embedded else Path(recipe.model.path)
+    check_model_path(folder if embedded else recipe.model.path)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+        shapes |= {name: tuple(t["shape"]) for name, t in header.items() if name != "__metadata__"}
+    return shapes
+
+
+def _adapter_parameters(recipe: Recipe, adapter: AdapterConfig) -> int:
+    """Rank times inputs and outputs of each linear layer, told by the names and shapes of the weights."""
+    scratch = recipe.model.scratch
+    shapes = _file_shapes(recipe) if scratch is None else _scratch_layers(scratch)
+    layers = {
+        name.removesuffix(".weight"): sum(shape)
+        for name, shape in shapes.items()
+        if len(shape) == 2 and name.endswith(".weight") and not any(part in name for part in NOT_LINEAR)
+    }
+    targets = tuple(f".{target}" for target in adapter.targets)
+    return adapter.rank * sum(size for name, size in layers.items() if not targets or f".{name}".endswith(targets))
+
+
+def _scratch_layers(shape: ScratchConfig) -> dict[str, tuple[int, int]]:
+    width = shape.hidden_size
+    if shape.kind == "gpt2":
+        one = {"attn.c_attn": 3 * width, "attn.c_proj": width, "mlp.c_fc": 4 * width, "mlp.c_proj": 4 * width}
+    else:
+        one = {f"self_attn.{x}_proj": width for x in "qkvo"} | {
+            f"mlp.{x}_proj": _scratch_inner(width) for x in ("gate", "up", "down")
+        }
+    return {f"{layer}.{name}.weight": (width, size) for layer in range(shape.layers) for name, size in one.items()}
+
+
+def _scratch_inner(width: int) -> int:
+    return -(-(width * 8 // 3) // 16) * 16
 
 
 def _scratch_parameters(shape: ScratchConfig) -> int:
@@ -125,5 +179,5 @@ def _scratch_parameters(shape: ScratchConfig) -> int:
     if shape.kind == "gpt2":
         block = 12 * width * width
         return shape.vocab_size * width + shape.max_positions * width + shape.layers * block
-    inner = -(-(width * 8 // 3) // 16) * 16
-    return shape.vocab_size * width + shape.layers * (4 * width * width + 3 * width * inner + 2 * width) + width
+    block = 4 * width * width + 3 * width * _scratch_inner(width) + 2 * width
+    return shape.vocab_size * width + shape.layers * block + width

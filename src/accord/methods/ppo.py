@@ -15,7 +15,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from accord.config import PPOConfig
@@ -23,12 +22,20 @@ from accord.losses.advantages import gae, token_rewards
 from accord.losses.kl import adaptive_kl_coef, kl_k1
 from accord.losses.masked import masked_mean, whiten
 from accord.losses.ppo import entropy_loss, ppo_policy_loss, ppo_value_loss
-from accord.methods.offline import group_passes, peak_memory_mb
-from accord.methods.online import prompt_indices, rollout_metrics, samples_of, shaped_scores
+from accord.methods.online import (
+    add_sums,
+    minibatches,
+    parts,
+    prompt_indices,
+    ratio_deviation,
+    rollout_metrics,
+    shaped_scores,
+    step_outcome,
+    whole,
+)
 from accord.methods.rollouts import Prompt, Rollout, RolloutModels, collect, per_token
-from accord.models.layout import collate
+from accord.models.adapters import load_trainable_state, trainable_state
 from accord.models.token_scores import score_tokens, score_values
-from accord.randomness import permutation
 from accord.training.loop import Captured, StepOutcome
 from accord.training.optim import Optimiser, learning_rate_at
 
@@ -67,19 +74,11 @@ class PPOTrainer:
         started = time.monotonic()
         update = self._update(step, rollout, values, advantages, result.returns)
         seconds = time.monotonic() - started
-        tokens = float(rollout.mask.sum())
         metrics = {
             **rollout_metrics(rollout, kl, rewards.sum(1)),
             **_signal_metrics(rollout.mask, values, result.advantages, result.returns),
             **update,
             "train/kl_coef": self._kl_coef,
-            "rollout/prompts": step * section.prompts_per_step,
-            "rollout/samples": step * self.episodes_per_step,
-            "time/generate_seconds": rollout.generate_seconds,
-            "time/score_seconds": score_seconds,
-            "time/update_seconds": seconds,
-            "system/tokens_per_second": tokens / (rollout.generate_seconds + score_seconds + seconds),
-            "system/peak_memory_mb": peak_memory_mb(),
         }
         if section.kl_controller == "adaptive" and section.target_kl is not None:
             self._kl_coef = adaptive_kl_coef(
@@ -89,15 +88,15 @@ class PPOTrainer:
                 horizon=section.kl_horizon,
                 num_samples=self.episodes_per_step,
             )
-        status = f"score {metrics['rollout/score/mean']:+.2f}  KL {metrics['rollout/kl_per_sequence_nats']:.2f}"
-        due = step == 1 or step % section.samples_every == 0 or step == self.total_steps
-        return StepOutcome(metrics, status, samples_of(rollout) if due else ())
+        return step_outcome(
+            step, self.total_steps, rollout, section, metrics, score_seconds=score_seconds, update_seconds=seconds
+        )
 
     def capture(self) -> Captured:
         return Captured(
             {
-                "policy": dict(self._models.policy.state_dict()),
-                "value": dict(self._value.state_dict()),
+                "policy": trainable_state(self._models.policy),
+                "value": trainable_state(self._value),
                 "policy_optimiser": self._policy_optimiser.tensors(),
                 "value_optimiser": self._value_optimiser.tensors(),
             },
@@ -111,8 +110,8 @@ class PPOTrainer:
 
     def restore(self, captured: Captured) -> None:
         tensors, values = captured.tensors, captured.values
-        self._models.policy.load_state_dict(tensors["policy"])
-        self._value.load_state_dict(tensors["value"])
+        load_trainable_state(self._models.policy, tensors["policy"])
+        load_trainable_state(self._value, tensors["value"])
         self._policy_optimiser.restore(tensors["policy_optimiser"], values["policy_optimiser"])
         self._value_optimiser.restore(tensors["value_optimiser"], values["value_optimiser"])
         self._kl_coef, self.drift = values["kl_coef"], values["drift"]
@@ -134,23 +133,14 @@ class PPOTrainer:
         ]
         totals: dict[str, float] = {}
         norms: list[tuple[float, float]] = []
-        for epoch in range(section.update_epochs):
-            order = permutation(len(rollout.groups), "ppo-update", self._seed, step, epoch)
-            for part in range(section.minibatches):
-                groups = order[part :: section.minibatches]
-                sums = self._accumulate(rollout, groups, values, advantages, returns)
-                deviation = sums.pop("ratio_deviation")
-                if epoch == 0 and part == 0:
-                    self.drift = max(self.drift, deviation)
-                    totals["start_deviation"] = deviation
-                for name, value in sums.items():
-                    totals[name] = totals.get(name, 0.0) + value
-                norms.append(
-                    (
-                        self._policy_optimiser.update(rates[0]).grad_norm,
-                        self._value_optimiser.update(rates[1]).grad_norm,
-                    )
-                )
+        deviations: list[float] = []
+        for groups in minibatches(step, section, len(rollout.groups), self._seed, "ppo"):
+            sums, deviation = self._accumulate(rollout, groups, values, advantages, returns)
+            add_sums(totals, sums)
+            deviations.append(deviation)
+            updates = self._policy_optimiser.update(rates[0]), self._value_optimiser.update(rates[1])
+            norms.append((updates[0].grad_norm, updates[1].grad_norm))
+        self.drift = max(self.drift, deviations[0])
         tokens = max(1.0, totals["tokens"])
         return {
             "train/policy_loss": totals["policy_loss"] / len(norms),
@@ -160,7 +150,7 @@ class PPOTrainer:
             "train/value_clip_fraction": totals["value_clipped"] / tokens,
             "train/approx_kl": totals["approx_kl"] / tokens,
             "train/ratio_mean": totals["ratio"] / tokens,
-            "train/ratio_max_deviation": totals["start_deviation"],
+            "train/ratio_max_deviation": deviations[0],
             "train/grad_norm": sum(n[0] for n in norms) / len(norms),
             "train/value_grad_norm": sum(n[1] for n in norms) / len(norms),
             "train/learning_rate": rates[0],
@@ -170,21 +160,20 @@ class PPOTrainer:
 
     def _accumulate(
         self, rollout: Rollout, groups: list[int], values: Tensor, advantages: Tensor, returns: Tensor
-    ) -> dict[str, float]:
-        """Gradients of one minibatch, whatever number of passes it takes; sums over its tokens."""
-        section, models = self._section, self._models
-        n = section.samples_per_prompt
-        count = int(sum(rollout.mask[g * n : (g + 1) * n].sum() for g in groups))
+    ) -> tuple[dict[str, float], float]:
+        """Gradients of one minibatch, whatever number of passes it takes; sums over its tokens, and how far the ratio
+        of a token was from 1."""
+        section, everything = self._section, whole(rollout)
+        count = int(sum(rollout.mask[list(everything.rows[g])].sum() for g in groups))
         sums: dict[str, float] = {}
-        for indices in group_passes(groups, lambda g: rollout.groups[g], models.layout, section.micro_batch_tokens):
-            batch = collate([rollout.groups[g] for g in indices], layout=models.layout, pad_id=models.template.pad_id)
-            rows = torch.tensor([g * n + k for g in indices for k in range(n)])
-            width = batch.valid_mask.shape[1]
-            mask, old = batch.valid_mask, rollout.old_logprobs[rows, :width]
-            scores = score_tokens(models.policy, batch, temperature=section.temperature, with_entropy=True)
+        deviation = 0.0
+        for part in parts(rollout, everything, groups, self._models, section):
+            batch, rows, mask, width = part.batch, part.rows, part.mask, part.mask.shape[1]
+            scores = score_tokens(self._models.policy, batch, temperature=section.temperature, with_entropy=True)
             policy = ppo_policy_loss(
-                scores.logprobs, old, advantages[rows, :width], mask, clip_range=section.clip_range, num_tokens=count
-            )
+                scores.logprobs, part.old_logprobs, advantages[rows, :width], mask,
+                clip_range=section.clip_range, num_tokens=count,
+            )  # fmt: skip
             assert scores.entropies is not None
             entropy = entropy_loss(scores.entropies, mask, num_tokens=count)
             (policy.loss + section.entropy_coef * entropy.loss).backward()
@@ -193,16 +182,14 @@ class PPOTrainer:
                 value_clip_range=section.value_clip_range, num_tokens=count,
             )  # fmt: skip
             value.loss.backward()
-            deviation = float(((scores.logprobs.detach() - old).exp() - 1)[mask].abs().max())
-            part = {
+            deviation = max(deviation, ratio_deviation(scores.logprobs, part.old_logprobs, mask))
+            loss_sums = {
                 "policy_loss": policy.loss.detach(), "value_loss": value.loss.detach(), "entropy": entropy.entropy_sum,
                 "clipped": policy.clipped_count, "value_clipped": value.clipped_count,
                 "approx_kl": policy.approx_kl_sum, "ratio": policy.ratio_sum, "tokens": policy.token_count,
             }  # fmt: skip
-            for name, number in part.items():
-                sums[name] = sums.get(name, 0.0) + float(number.detach())
-            sums["ratio_deviation"] = max(sums.get("ratio_deviation", 0.0), deviation)
-        return sums
+            add_sums(sums, loss_sums)
+        return sums, deviation
 
 
 def _signal_metrics(mask: Tensor, values: Tensor, advantages: Tensor, returns: Tensor) -> dict[str, float]:

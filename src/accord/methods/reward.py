@@ -23,11 +23,13 @@ from accord.methods.card import model_card
 from accord.methods.context import (
     Context,
     LoadedPolicy,
+    adapt,
     base_folder,
     choose_layout,
     data_note,
     headline,
     run_stage,
+    save_trained,
     stage_model,
     tokenised,
     weights_hash,
@@ -36,7 +38,7 @@ from accord.methods.corpus import split_holdout
 from accord.methods.offline import OfflineTrainer, PolicyLogprobs, Sums, group_passes
 from accord.models.heads import shift_scores
 from accord.models.layout import CompletionBatch, Layout, collate
-from accord.models.load import reward_model_from, save_model
+from accord.models.load import reward_model_from
 from accord.models.token_scores import last_hidden_states, score_completions
 from accord.randomness import torch_seed
 from accord.records import Group, Interval, TokenGroup
@@ -169,6 +171,7 @@ def run_reward(context: Context) -> dict[str, Any]:
         tests = _comparisons(context, held_out, policy, section, "held-out comparisons")
         layout = choose_layout(context, policy.model, [c.tokens for c in items], policy.pad_id)
         model = reward_model_from(policy.model, torch_seed(context.seed, "reward-head"))
+        adapt(context, model, "reward")
 
         def measure() -> dict[str, float]:
             if not tests:
@@ -191,7 +194,7 @@ def run_reward(context: Context) -> dict[str, Any]:
         summary = _summary(len(items), trainer.total_steps, scored, shift)
         summary["account"] += data_note(part)
         card = model_card(context.recipe, "reward", start, sources, summary)
-        save_model(model, policy.template.tokenizer, run.path / "model", card=card)
+        save_trained(model, policy.template.tokenizer, run.path / "model", start=start, card=card)
         return summary
 
     data = context.recipe.data.model_dump(mode="json", include={"holdout", "max_tokens", "max_prompt_tokens"})

@@ -32,6 +32,7 @@ from accord.measures.text import distinct_n, repetition
 from accord.methods.candidates import Candidates, Drawing, draw, penalised
 from accord.methods.offline import group_passes, peak_memory_mb
 from accord.methods.rollouts import Prompt
+from accord.models.adapters import load_trainable_state, trainable_state
 from accord.models.layout import Layout, collate
 from accord.models.token_scores import score_tokens
 from accord.randomness import permutation
@@ -120,12 +121,12 @@ class RFTTrainer:
     def capture(self) -> Captured:
         pool = {} if self._pool is None else _to_tensors(self._pool)
         return Captured(
-            {"policy": dict(self._policy.state_dict()), "optimiser": self._optimiser.tensors(), "pool": pool},
+            {"policy": trainable_state(self._policy), "optimiser": self._optimiser.tensors(), "pool": pool},
             {"optimiser": self._optimiser.counters(), "tokens": self._tokens, "sequences": self._sequences},
         )
 
     def restore(self, captured: Captured) -> None:
-        self._policy.load_state_dict(captured.tensors["policy"])
+        load_trainable_state(self._policy, captured.tensors["policy"])
         self._optimiser.restore(captured.tensors["optimiser"], captured.values["optimiser"])
         self._pool = _from_tensors(captured.tensors["pool"])
         self._tokens, self._sequences = captured.values["tokens"], captured.values["sequences"]

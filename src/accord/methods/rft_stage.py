@@ -31,7 +31,7 @@ def run_rft(context: Context) -> dict[str, Any]:
     def body(run: RunFolder) -> dict[str, Any]:
         for note in part.notes:
             context.say(note)
-        policy = LoadedPolicy.from_folder(start, context.recipe.model.template)
+        policy = LoadedPolicy.to_train(context, start, "rft")
         prompts = step_prompts(context, policy, section.max_new_tokens)
         if len(prompts) < (section.prompts_per_cycle or 1):
             raise ConfigError(

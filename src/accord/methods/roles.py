@@ -21,6 +21,7 @@ from accord.methods.context import (
 )
 from accord.methods.corpus import split_holdout
 from accord.methods.rollouts import Prompt, RolloutModels
+from accord.models.adapters import has_adapter
 from accord.models.layout import Layout
 from accord.models.load import load_reward_model
 from accord.records import TokenCompletion, TokenGroup
@@ -131,8 +132,9 @@ def rollout_models(
     gold: Scorer | None,
     prompts: list[TokenGroup],
 ) -> RolloutModels:
-    """The cast of a rollout; the reference is a frozen copy of the policy as it is now."""
-    reference = copy.deepcopy(policy.model).requires_grad_(False)
+    """The cast of a rollout; the reference is a frozen copy of the policy as it is now, or the policy itself without
+    its adapter."""
+    reference = policy.model if has_adapter(policy.model) else copy.deepcopy(policy.model).requires_grad_(False)
     return RolloutModels(
         policy=policy.model,
         reference=reference,

@@ -13,6 +13,7 @@ from torch import Tensor
 from accord.config import RolloutFields
 from accord.data.templates import Template
 from accord.methods.offline import group_passes
+from accord.models.adapters import adapters_off
 from accord.models.layout import CompletionBatch, Layout, collate
 from accord.models.token_scores import score_tokens
 from accord.records import Group, SampledCompletion, ScoreRequest, TokenCompletion, TokenGroup
@@ -51,13 +52,15 @@ class Rollout:
     score_seconds: float
 
     @property
-    def seconds(self) -> float:
-        return self.generate_seconds + self.score_seconds
+    def group_index(self) -> Tensor:
+        """(C,) int64, the group of each completion."""
+        return torch.tensor([g for g, group in enumerate(self.groups) for _ in group.completions])
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutModels:
-    """Who takes part in a rollout."""
+    """Who takes part in a rollout. The reference may be the policy itself, if it has an adapter: then it is asked
+    without it."""
 
     policy: Any
     reference: Any
@@ -94,6 +97,8 @@ def collect(
         )  # fmt: skip
 
     old = logprobs(models.policy) if section.old_logprobs == "recompute" else sampled_logprobs
+    with adapters_off(models.reference):
+        ref_logprobs = logprobs(models.reference)
     return Rollout(
         groups=groups,
         requests=requests,
@@ -103,7 +108,7 @@ def collect(
         mask=mask,
         old_logprobs=old,
         sampler_deviation=float(((sampled_logprobs - old).exp() - 1).abs().max()),
-        ref_logprobs=logprobs(models.reference),
+        ref_logprobs=ref_logprobs,
         generate_seconds=generated - started,
         score_seconds=time.monotonic() - generated,
     )

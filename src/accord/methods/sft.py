@@ -83,7 +83,7 @@ def run_sft(context: Context) -> dict[str, Any]:
     def body(run: RunFolder) -> dict[str, Any]:
         for note in part.notes:
             context.say(note)
-        policy = LoadedPolicy.from_folder(start, context.recipe.model.template)
+        policy = LoadedPolicy.to_train(context, start, "sft")
         train, held_out = split_holdout(part.groups, context.recipe.data.holdout)
         items = [t for _, t in tokenised(context, train, policy.template, "demonstrations", loss_on=section.loss_on)]
         tests = [

@@ -7,8 +7,6 @@ model: importance ratios compare two passes over the same tokens, which dropout 
 from __future__ import annotations
 
 import copy
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +23,16 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from accord.atomic import sync
+from accord.atomic import new_folder
 from accord.errors import ConfigError
+from accord.models.adapters import has_adapter, plain_state
 from accord.models.heads import fill_head, scalar_head
 from accord.models.paths import check_model_path
 
 __all__ = [
     "ModelShape",
     "build_model",
+    "fresh_value_model",
     "load_policy",
     "load_reward_model",
     "reward_model_from",
@@ -113,7 +113,10 @@ def load_reward_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -
 
 
 def reward_model_from(policy: Any, seed: int) -> Any:
-    """A reward model: a copy of the policy's trunk under a fresh scalar head (see `fill_head`)."""
+    """A reward model: a copy of the policy's trunk under a fresh scalar head (see `fill_head`).
+
+    Of a policy with an adapter it is the trunk without it, which nobody trains: it is shared instead of copied.
+    """
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
     config.problem_type = "regression"
@@ -126,13 +129,29 @@ def reward_model_from(policy: Any, seed: int) -> Any:
                 f"{type(policy).__name__} has no sequence-classification kind in transformers, so no reward model can "
                 "be made from it; use another architecture (llama, qwen, mistral, gemma, phi, olmo, gpt2, ...)"
             ) from error
-    model.base_model.load_state_dict(policy.base_model.state_dict())
+    model.base_model.load_state_dict(plain_state(policy.base_model), assign=has_adapter(policy))
     fill_head(model, seed)
     return model.to(policy.device).eval()
 
 
+def fresh_value_model(policy: Any) -> Any:
+    """A value model that knows nothing yet: a copy of the policy's trunk under a head of zeros.
+
+    It predicts 0 everywhere. A random head's predictions would enter the advantages, and the policy would follow that
+    noise until the value model has unlearned it.
+    Source: the code of Ziegler et al. 2019, arXiv:1909.08593. Departures: a trunk of its own.
+    """
+    model = reward_model_from(policy, seed=0)
+    with torch.no_grad():
+        scalar_head(model).weight.zero_()
+    return model
+
+
 def value_model_from(reward_model: Any) -> Any:
-    """A value model that starts as the reward model: an independent copy, all of it trainable."""
+    """A value model that starts as the reward model: an independent copy, all of it trainable.
+
+    (One that gets an adapter need not be independent: see `sharing_copy`.)
+    """
     model = copy.deepcopy(reward_model)
     model.requires_grad_(True)
     model.zero_grad(set_to_none=True)
@@ -149,36 +168,16 @@ def save_model(
     EOS); `card` is the text of the model card, README.md.
     """
     folder = Path(folder).absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     model.config.pad_token_id = tokenizer.pad_token_id
     if stop_ids:
         model.generation_config.eos_token_id = list(stop_ids)
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    if card is not None:
-        (partial / "README.md").write_text(card, encoding="utf-8")
-    for file in (*partial.rglob("*"), partial):
-        # safetensors makes its files private to the user; a model folder is for whoever may read the run's folder.
-        file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
-        sync(file)
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
-        folder.rename(replaced)
-    partial.rename(folder)
-    sync(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with new_folder(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        if card is not None:
+            (partial / "README.md").write_text(card, encoding="utf-8")
     return folder
-
-
-def _umask() -> int:
-    """The process's file mode mask, which can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def _load(kind: Any, path: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:

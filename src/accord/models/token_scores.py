@@ -22,9 +22,12 @@ __all__ = [
     "TokenScores",
     "attention_window",
     "last_hidden_states",
+    "logit_transform",
+    "predicting_states",
     "score_completions",
     "score_tokens",
     "score_values",
+    "spread",
 ]
 
 
@@ -55,20 +58,18 @@ def score_tokens(
     `chunk_rows` is `token_logprobs`'.
     """
     scored = batch.valid_mask if mask == "valid" else batch.completion_mask
-    hidden = _hidden_states(model, batch)
-    places = (batch.row_index[:, None] * hidden.shape[1] + batch.predict_index)[scored]
     head = model.get_output_embeddings()
     logprobs, entropies = token_logprobs(
-        hidden.flatten(0, 1).index_select(0, places),
+        predicting_states(model, batch, scored),
         head.weight,
         head.bias,
         batch.completion_ids[scored],
-        _logit_transform(model, temperature),
+        logit_transform(model, temperature),
         with_entropy=with_entropy,
         chunk_rows=chunk_rows,
     )
     return TokenScores(
-        logprobs=_spread(logprobs, scored), entropies=None if entropies is None else _spread(entropies, scored)
+        logprobs=spread(logprobs, scored), entropies=None if entropies is None else spread(entropies, scored)
     )
 
 
@@ -78,7 +79,7 @@ def score_values(value_model: Any, batch: CompletionBatch) -> Tensor:
     # The head runs everywhere: H multiplications a place cost less than gathering and scattering H numbers a token.
     values = _at_least_float32(scalar_head(value_model)(hidden)).flatten()
     places = (batch.row_index[:, None] * hidden.shape[1] + batch.predict_index)[batch.valid_mask]
-    return _spread(values.index_select(0, places), batch.valid_mask)
+    return spread(values.index_select(0, places), batch.valid_mask)
 
 
 def score_completions(reward_model: Any, batch: CompletionBatch) -> Tensor:
@@ -90,6 +91,13 @@ def last_hidden_states(model: Any, batch: CompletionBatch) -> Tensor:
     """(C, H) hidden state at each completion's last token."""
     hidden = _hidden_states(model, batch)
     places = batch.row_index * hidden.shape[1] + batch.last_index
+    return hidden.flatten(0, 1).index_select(0, places)
+
+
+def predicting_states(model: Any, batch: CompletionBatch, scored: Tensor) -> Tensor:
+    """(N, H) hidden states that predict the True tokens of `scored` (C, T), row by row."""
+    hidden = _hidden_states(model, batch)
+    places = (batch.row_index[:, None] * hidden.shape[1] + batch.predict_index)[scored]
     return hidden.flatten(0, 1).index_select(0, places)
 
 
@@ -105,6 +113,21 @@ def attention_window(config: Any) -> int | None:
     if getattr(config, "use_sliding_window", True) is False:
         return None
     return getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+
+
+def logit_transform(model: Any, temperature: float) -> LogitTransform:
+    """The model's own changes to its logits, from the names transformers' configurations give them."""
+    config = model.config.get_text_config()
+    return LogitTransform(
+        scale=(getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0),
+        softcap=getattr(config, "final_logit_softcapping", None),
+        temperature=temperature,
+    )
+
+
+def spread(values: Tensor, mask: Tensor) -> Tensor:
+    """(N,) values at the True places of a (C, T) mask, 0 elsewhere."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 def _hidden_states(model: Any, batch: CompletionBatch) -> Tensor:
@@ -141,21 +164,6 @@ def _as_model_mask(model: Any, mask: Tensor) -> Tensor:
     raise ConfigError(
         f"attention implementation {kind!r} takes no mask of ours; use the plain layout, or sdpa or eager"
     )
-
-
-def _logit_transform(model: Any, temperature: float) -> LogitTransform:
-    """The model's own changes to its logits, from the names transformers' configurations give them."""
-    config = model.config.get_text_config()
-    return LogitTransform(
-        scale=(getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0),
-        softcap=getattr(config, "final_logit_softcapping", None),
-        temperature=temperature,
-    )
-
-
-def _spread(values: Tensor, mask: Tensor) -> Tensor:
-    """(N,) values at the True places of a (C, T) mask, 0 elsewhere."""
-    return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import accord
 
-__all__ = ["environment", "environment_changes"]
+__all__ = ["environment", "environment_changes", "peak_memory_mb"]
 
 # Reductions are split by thread and vectorised by CPU capability, and every version may sum in another order.
-DECIDES_BITS = ("accord", "torch", "transformers", "tokenizers", "numpy", "cpu", "cpu_capability", "threads", "gpus")
+DECIDES_BITS = (
+    "accord", "torch", "transformers", "peft", "tokenizers", "numpy", "cpu", "cpu_capability", "threads", "gpus",
+)  # fmt: skip
 
 
 def environment() -> dict[str, Any]:
@@ -23,7 +26,7 @@ def environment() -> dict[str, Any]:
     return {
         "accord": accord.__version__,
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "tokenizers", "safetensors", "numpy")},
+        **{name: version(name) for name in ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")},
         "platform": platform.platform(),
         "cpu": _cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -39,6 +42,11 @@ def environment_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str
     return [
         f"{name}: {before.get(name)} -> {now.get(name)}" for name in DECIDES_BITS if before.get(name) != now.get(name)
     ]
+
+
+def peak_memory_mb() -> float:
+    """The most memory this process has held so far, in 10^6 bytes (Linux reports kibibytes)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def _cpu_model() -> str:

@@ -1,0 +1,67 @@
+"""Preferences over walks: pairs of the behaviour clone's own walks, each labelled with its Bradley-Terry probability.
+
+    P(first is preferred) = sigmoid(optimality(first) - optimality(second))
+
+Trained on these with coefficient beta, DPO's optimum is the policy proportional to reference * exp(optimality / beta):
+exactly what PPO would reach with kl_coef = beta, so both are graded against the same exact optimum.
+Source: Rafailov et al. 2023, arXiv:2305.18290, section 4 and lemma 2.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from accord.data.convert import writing
+from accord.data.read import read_groups
+from accord.methods.context import Context, LoadedPolicy, headline, run_stage, stage_model, weights_hash
+from accord.methods.corpus import Part
+from accord.records import Completion, Group, Message
+from accord.rollout.native import NativeSampler, PromptTokens
+from accord.rollout.sampling import Sampling
+from accord.tasks.randomwalks import MAX_NODES, RandomWalks
+from accord.training.runfolder import RunFolder
+
+__all__ = ["PAIRS_PER_PROMPT", "with_preferences"]
+
+PAIRS_PER_PROMPT = 200
+
+
+def with_preferences(context: Context, walks: RandomWalks) -> Context:
+    """The context with pairs sampled from its SFT model; sampled once, then read from the run's folder."""
+    folder = stage_model(context, "sft")
+    assert folder is not None
+
+    def body(run: RunFolder) -> dict[str, Any]:
+        policy = LoadedPolicy.from_folder(folder, context.recipe.model.template)
+        sampling = Sampling(MAX_NODES - 1, stop_ids=policy.template.stop_ids)
+        prompts = [Group((Message("user", letter),)) for letter in walks.prompts]
+        wanted = [PromptTokens(policy.template.prompt_ids(g.prompt), g.prompt_id) for g in prompts]
+        sampler = NativeSampler(policy.model, pad_id=policy.pad_id)
+        sampled = sampler.generate(wanted, 2 * PAIRS_PER_PROMPT, sampling, ("walk-pairs", context.seed))
+        groups = [
+            _pair(walks, letter, policy.template.decode(first.ids), policy.template.decode(second.ids))
+            for letter, samples in zip(walks.prompts, sampled, strict=True)
+            for first, second in zip(samples[::2], samples[1::2], strict=True)
+        ]
+        with writing(run.path / "pairs.jsonl") as write:
+            for group in groups:
+                write(group)
+        return {"headline": [headline("pairs", len(groups))]}
+
+    settings = {"pairs_per_prompt": PAIRS_PER_PROMPT}
+    run_stage(context, "annotate", settings=settings, sources=weights_hash(folder), body=body)
+    pairs = read_groups(context.root / "annotate" / "pairs.jsonl")
+    part = Part(pairs.groups, {"pairs": pairs.fingerprint})
+    return replace(context, corpus=replace(context.corpus, preferences=part))
+
+
+def _pair(walks: RandomWalks, letter: str, first: str, second: str) -> Group:
+    """The likelier winner first. An empty walk, which no file of answers would hold, is written as a step in place."""
+    probability = 1 / (1 + math.exp(walks.optimality(letter + second) - walks.optimality(letter + first)))
+    better, worse = (first, second) if probability >= 0.5 else (second, first)
+    completions = tuple(
+        Completion((Message("assistant", text or letter),), rank=rank) for rank, text in enumerate((better, worse))
+    )
+    return Group((Message("user", letter),), completions, soft_label=max(probability, 1 - probability))

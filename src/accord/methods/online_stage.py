@@ -1,0 +1,90 @@
+"""The online stages: who plays which role, training, and the account of what happened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Protocol
+
+from accord.config import RolloutFields
+from accord.methods import learners
+from accord.methods.card import model_card
+from accord.methods.context import Context, LoadedPolicy, data_note, run_stage, weights_hash
+from accord.methods.online_account import Online, online_summary
+from accord.methods.online_trainer import Learner, OnlineTrainer
+from accord.methods.roles import check_prompts, judges_of, rollout_models, starting_model, step_prompts
+from accord.methods.rollouts import Prompt, RolloutModels
+from accord.training.loop import Trainer, run_training
+from accord.training.runfolder import RunFolder
+
+__all__ = ["LEARNERS", "Cast", "RolloutTrainer", "run_online", "run_rollout_stage"]
+
+LEARNERS: Mapping[str, Callable[[Any], Learner]] = MappingProxyType(
+    {
+        "rloo": learners.rloo,
+        "grpo": learners.grpo,
+        "reinforce": learners.reinforce,
+        "online_dpo": learners.online_dpo,
+    }
+)
+
+
+class RolloutTrainer(Trainer, Online, Protocol):
+    """What trains in an online stage: it runs in the loop, and the account knows what it did."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """What an online trainer is made of; `reward_model` is None when a function scores."""
+
+    policy: LoadedPolicy
+    models: RolloutModels
+    prompts: list[Prompt]
+    reward_model: Any | None
+
+
+def run_online(context: Context, stage: str) -> dict[str, Any]:
+    """Train (or continue, or find finished) one of the stages of `LEARNERS`; returns its summary."""
+    section = getattr(context.recipe, stage)
+    learner = LEARNERS[stage](section)
+
+    def trainer(cast: Cast) -> OnlineTrainer:
+        return OnlineTrainer(stage, cast.models, cast.prompts, section, learner, context.seed)
+
+    return run_rollout_stage(context, stage, section, trainer)
+
+
+def run_rollout_stage(
+    context: Context, stage: str, section: RolloutFields, trainer_of: Callable[[Cast], RolloutTrainer]
+) -> dict[str, Any]:
+    """The frame of every online stage, PPO's too: roles, prompts, the trainer made of them, and its account."""
+    start = starting_model(context, section.init)
+    judges = judges_of(context, stage, section)
+    part = context.corpus.all_prompts()
+    sources = part.sources | weights_hash(start) | judges.sources
+
+    def body(run: RunFolder) -> dict[str, Any]:
+        for note in part.notes:
+            context.say(note)
+        policy = LoadedPolicy.to_train(context, start, stage)
+        prompts = step_prompts(context, policy, section.max_new_tokens)
+        check_prompts(stage, section, len(prompts))
+        scorer, reward_model = judges.scorer(context, section.micro_batch_tokens)
+        models = rollout_models(context, section, policy, scorer, judges.gold, [t for _, t in prompts])
+        trainer = trainer_of(Cast(policy, models, prompts, reward_model))
+        context.say(
+            f"{len(prompts)} prompts, {trainer.total_steps} rollouts of {section.prompts_per_step} prompts x "
+            f"{section.samples_per_prompt} samples, {section.update_epochs} x {section.minibatches} updates each"
+        )
+        run_training(trainer, run, context.console)
+        summary = online_summary(run, trainer, section, scorer.name)
+        summary["account"] += data_note(part)
+        policy.save(run.path / "model", model_card(context.recipe, stage, start, sources, summary))
+        return summary
+
+    settings = {
+        stage: section.model_dump(mode="json"),
+        "data": context.recipe.data.model_dump(mode="json", include={"holdout", "max_tokens", "max_prompt_tokens"}),
+    }
+    return run_stage(context, stage, settings=settings, sources=sources, body=body)
