@@ -279,6 +279,8 @@ _DECLARED = (
     Metric("eval/kl_per_sequence_nats", "nats per completion", "prompt mean", "down",
            "mean of sum_t log(policy / reference) on held-out prompts",
            "Distance from the reference model on new prompts."),
+    Metric("eval/kl_bound_nats", "nats per completion", "last", "down", "ln n - (n - 1) / n",
+           "Best-of-n is at most this far from the policy it samples from; less where answers score the same."),
     Metric("eval/completion_tokens/mean", "tokens", "prompt mean", "neutral", "mean(tokens per completion)",
            "Length of the answers to new prompts."),
     Metric("eval/completion_words/mean", "words", "prompt mean", "neutral", "mean(words per completion)",
