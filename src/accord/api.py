@@ -63,6 +63,7 @@ def train(
     """Train `model`: against `reward_fn` on `prompts`, by imitation of `samples`, or on preferences as `pairs`.
 
         accord.train("my-model", reward_fn=lambda prompt, completion: -len(completion), prompts=["Say hello"])
+        accord.train("my-model", reward_fn=..., prompts=[...], method="rloo", rloo={"samples_per_prompt": 8})
         accord.train("my-model", samples=[("What is 2 + 2?", "4"), ...], sft={"epochs": 2})
         accord.train("my-model", pairs=[("What is 2 + 2?", "4", "5"), ...], method="dpo", dpo={"beta": 0.1})
 

@@ -13,6 +13,7 @@ from accord.atomic import write_json
 from accord.config import Recipe
 from accord.evaluation.stage import run_evaluate
 from accord.methods import catalogue
+from accord.methods.bestofn import run_bestofn
 from accord.methods.context import Context
 from accord.methods.corpus import Corpus
 from accord.methods.ilql_stage import run_ilql
@@ -38,6 +39,7 @@ STAGES: Mapping[str, Callable[[Context], dict[str, Any]]] = {
     "ppo": run_ppo,
     **{stage: partial(run_online, stage=stage) for stage in LEARNERS},
     "rft": run_rft,
+    "bestofn": run_bestofn,
     "evaluate": run_evaluate,
 }
 

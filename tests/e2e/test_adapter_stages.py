@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from support import RECIPE, write_pairs
 from transformers import AutoModelForSequenceClassification
 
 from accord.config import OfflineFields, Recipe, recipe_from
+from accord.errors import CheckpointError
 from accord.methods.catalogue import STAGES
 from accord.methods.corpus import read_corpus
 from accord.models.load import load_policy
@@ -47,18 +49,26 @@ def section_of(stage: str) -> dict[str, Any]:
     return {name: value for name, value in few.items() if name in kind.model_fields}
 
 
+def run(folder: Path, stages: list[str], adapter: dict[str, Any] | None) -> str:
+    """What was printed. The run is in `folder`/run, its data beside it."""
+    settings = {
+        "model": RECIPE["model"] | {"adapter": adapter},
+        "data": RECIPE["data"] | {"preferences": str(folder / "pairs.jsonl")},
+        "out": str(folder / "run"),
+        "evaluate": {"models": ["base", "sft"], "prompts": 4, "max_new_tokens": 8},
+    }
+    recipe = recipe_from(RECIPE | settings | {stage: section_of(stage) for stage in TRAINED})
+    screen = io.StringIO()
+    run_stages(recipe, read_corpus(recipe.data), stages, Console(file=screen, width=200), {})
+    return screen.getvalue()
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     folder = tmp_path_factory.mktemp("adapters")
-    adapter = {"rank": RANK, "alpha": 2 * RANK}
-    settings = {
-        "model": RECIPE["model"] | {"adapter": adapter},
-        "data": RECIPE["data"] | {"preferences": str(write_pairs(folder / "pairs.jsonl"))},
-        "out": str(folder / "run"),
-    }
-    recipe = recipe_from(RECIPE | settings | {stage: section_of(stage) for stage in TRAINED})
+    write_pairs(folder / "pairs.jsonl")
     before = torch.get_num_threads()
-    run_stages(recipe, read_corpus(recipe.data), TRAINED, Console(quiet=True), {})
+    run(folder, TRAINED, {"rank": RANK, "alpha": 2 * RANK})
     torch.set_num_threads(before)
     yield Run(folder / "run")
 
@@ -122,6 +132,14 @@ def test_the_stages_learn(finished: Run) -> None:
     assert rows["reward"][-1]["eval/accuracy"] > 0.9
     assert rows["ppo"][0]["rollout/kl_per_token_nats"] == 0.0 != rows["ppo"][1]["rollout/kl_per_token_nats"]
     assert rows["ppo"][-1]["rollout/score/mean"] > rows["ppo"][0]["rollout/score/mean"]
+
+
+def test_what_trains_nothing_does_not_depend_on_the_adapter_and_what_trains_does(finished: Run) -> None:
+    folder = finished.root.parent
+    assert run(folder, ["evaluate"], None).count("already finished") == 1, "the base model"
+    assert run(folder, ["evaluate"], {"rank": 5}).count("already finished") == 2
+    with pytest.raises(CheckpointError, match=r"model\.adapter"):
+        run(folder, ["sft"], {"rank": 5})
 
 
 def test_the_card_says_that_an_adapter_was_trained(finished: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -346,6 +347,18 @@ def test_peft_loads_a_reward_models_adapter_with_its_head(architecture: str, tmp
     inputs = torch.tensor([[3, 4, 5]])
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=inputs).logits, model(input_ids=inputs).logits)
+
+
+def test_an_adapter_without_its_model_is_refused_and_so_is_a_model_with_one_beside_it(tmp_path: Path) -> None:
+    """transformers would put the adapter in, and training would go on with it."""
+    save_adapter(adapted("llama"), tmp_path / "adapter", base="base")
+    with pytest.raises(ConfigError, match="name the folder `model`"):
+        load_policy(tmp_path / "adapter")
+    both = save_model(tiny_model("llama"), word_tokenizer(), tmp_path / "both")
+    for file in (tmp_path / "adapter").iterdir():
+        shutil.copy(file, both)
+    with pytest.raises(ConfigError, match="holds an adapter"):
+        load_policy(both)
 
 
 def test_the_files_of_an_adapter_are_equal_in_every_process(tmp_path: Path) -> None:

@@ -138,13 +138,25 @@ def test_columns_of_a_row_that_nothing_reads_are_said(
     assert "pairs: columns not used: annotator" in capsys.readouterr().out
 
 
-def test_a_reward_function_trains_the_other_methods_that_sample_too(model: Path, tmp_path: Path) -> None:
-    section = {key: PPO[key] for key in ("prompts_per_step", "samples_per_prompt", "episodes", "max_new_tokens")}
-    result = accord.train(
-        model, method="rloo", reward_fn=score, prompts=PROMPTS, out=tmp_path, rloo={**section, "minibatches": 2},
-        data=DATA, quiet=True,
-    )  # fmt: skip
-    assert result.summary["stage"] == "rloo"
+@pytest.mark.parametrize("method", ["rloo", "grpo", "reinforce", "online_dpo"])
+def test_other_methods_give_the_bits_of_their_commands(
+    method: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / f"rewards_of_{method}.py").write_text(
+        "def score(prompt, completion):\n    return completion.count('e') - len(completion) / 10\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
+    function = f"{method}.reward_function=rewards_of_{method}:score"
+    verb = method.replace("_", "-")
+    command(verb, model, tmp_path / "cli", f"data.prompts={data}", function, *overrides(method, PPO))
+    arguments: dict[str, Any] = {"out": tmp_path / "api", "seed": 5, "data": DATA, "quiet": True, method: PPO}
+    result = accord.train(model, reward_fn=score, prompts=PROMPTS, method=method, **arguments)
+    assert result.model == tmp_path / "api" / method / "model"
+    assert bits(result.model) == bits(tmp_path / "cli" / method / "model") != bits(model)
+    assert result.summary["stage"] == method and result.summary["account"]
+    assert "Policy trained with" in (result.model / "README.md").read_text()
 
 
 def test_another_seed_gives_other_bits(model: Path, tmp_path: Path) -> None:
