@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TOOLS := $(VENV)/.tools
 
-.PHONY: install quickstart test check format docs clean
+.PHONY: install quickstart test mutants check format docs clean
 
 install: $(INSTALLED)
 
@@ -27,6 +27,9 @@ quickstart: $(INSTALLED)
 test: $(TOOLS)
 	$(BIN)/ruff check src tests scripts
 	$(BIN)/python -m pytest -n logical --dist loadfile
+
+mutants: $(TOOLS)
+	$(BIN)/python scripts/mutants.py
 
 check: $(TOOLS)
 	$(BIN)/ruff check src tests scripts

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import gc
 import importlib.abc
 import importlib.machinery
@@ -129,11 +130,14 @@ def called_otherwise(node: ast.Call) -> Iterator[ast.AST]:
     name = _name_of(node.func)
     if name in _OPPOSITE_CALL:
         other = _OPPOSITE_CALL[name]
-        is_method = isinstance(node.func, ast.Attribute)
-        func = ast.Attribute(node.func.value, other, ast.Load()) if is_method else ast.Name(other, ast.Load())
+        func: ast.expr = ast.Name(other, ast.Load())
+        if isinstance(node.func, ast.Attribute):
+            func = ast.Attribute(node.func.value, other, ast.Load())
         yield ast.Call(func, node.args, node.keywords)
-    if name in _DROPPED:
-        yield node.args[0] if _is_function(node.func) else node.func.value  # pyright: ignore[reportAttributeAccessIssue]
+    if name in _DROPPED and _is_function(node.func):
+        yield node.args[0]
+    elif name in _DROPPED and isinstance(node.func, ast.Attribute):
+        yield node.func.value
     if name in _NAIVE and _is_function(node.func):
         yield ast.parse(_NAIVE[name].format(f"({ast.unparse(node.args[0])})"), mode="eval").body
 
@@ -169,8 +173,9 @@ def statement(node: ast.Expr) -> Iterator[ast.AST]:
 def decorated(node: ast.FunctionDef) -> Iterator[ast.AST]:
     """no_grad left out."""
     if node.decorator_list:
-        fields = dict(ast.iter_fields(node)) | {"decorator_list": []}
-        yield ast.FunctionDef(**fields)
+        bare = copy.copy(node)
+        bare.decorator_list = []
+        yield bare
 
 
 def _other_side(name: str) -> Iterator[str]:
@@ -206,6 +211,9 @@ OPERATORS: dict[type, list[Callable[..., Iterator[ast.AST]]]] = {
 
 
 # ---- finding them ----------------------------------------------------------------------------------------------------
+
+
+MODULE = "(module)"
 
 
 @dataclass(frozen=True)
@@ -249,9 +257,9 @@ def mutants_of(path: Path) -> list[Mutant]:
             for index, node in enumerate(value) if isinstance(value, list) else [(None, value)]:
                 if not isinstance(node, ast.AST) or (parent is tree and not _has_arithmetic(node)):
                     continue
-                inside = (
-                    (node.name, names | _names_in(node)) if isinstance(node, ast.FunctionDef) else (function, names)
-                )
+                inside = (function, names)
+                if isinstance(node, ast.FunctionDef):
+                    inside = (node.name if parent is tree else function, names | _names_in(node))
                 for new in _replacements(node, names):
                     if _shown(new) != _shown(node):
                         change = f"{_shown(node)} -> {_shown(new)}"
@@ -260,7 +268,7 @@ def mutants_of(path: Path) -> list[Mutant]:
                 if not _is_check(node):
                     visit(node, *inside)
 
-    visit(tree, "module", frozenset())
+    visit(tree, MODULE, frozenset())
     return sorted(found, key=lambda mutant: mutant.line)
 
 
@@ -423,8 +431,10 @@ def reach_of_all_tests() -> dict[str, Reach]:
 
 def outcome(mutant: Mutant, reach: dict[str, Reach]) -> str:
     """ "killed", "survived", "hung" (killed too) or "broken" (this script is wrong)."""
-    prefix = f"{mutant.path.stem}." + ("" if mutant.function == "module" else mutant.function)
-    tests = {name: r for name, r in reach.items() if any(f.startswith(prefix) for f in r.functions)}
+    functions = {f"{mutant.path.stem}.{mutant.function}"}
+    if mutant.function == MODULE:
+        functions = {name for r in reach.values() for name in r.functions if name.startswith(f"{mutant.path.stem}.")}
+    tests = {name: r for name, r in reach.items() if functions & r.functions}
     files = {name.split("::")[0] for name in tests}
 
     def work() -> int:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from accord import pipeline
 from accord.config import recipe_from
+from accord.data.read import left_out_notes, read_row
 from accord.errors import ConfigError, DataError
+from accord.methods.catalogue import POLICY_STAGES, STAGES
 from accord.methods.corpus import Corpus, Part
-from accord.pipeline import run_stages
 from accord.records import Completion, Group, Message
 from accord.rewards.scorers import RewardFunction
 
@@ -33,75 +37,117 @@ class TrainResult:
     summary: Mapping[str, Any]
 
 
+# What each method learns from: the arguments it takes, together; some take one or another. The first method that takes
+# what is given is the one that is used unless another is named.
+_ONLINE = [name for name in POLICY_STAGES if STAGES[name].data == "prompts" and name in pipeline.STAGES]
+_TAKES: dict[str, tuple[tuple[str, ...], ...]] = {
+    **{name: (("reward_fn", "prompts"),) for name in _ONLINE},
+    "sft": (("samples",),),
+    "dpo": (("pairs",),),
+    "orpo": (("pairs",),),
+    "kto": (("pairs",), ("samples",)),
+    "ilql": (("samples", "rewards"), ("pairs",)),
+    "reward": (("pairs",),),
+}
+
+
 def train(
     model: str | Path | Mapping[str, Any],
     *,
+    method: str | None = None,
     reward_fn: RewardFunction | None = None,
     prompts: Sequence[Prompt] | None = None,
     samples: Sequence[Any] | None = None,
     rewards: Sequence[Reward] | None = None,
+    pairs: Sequence[Any] | None = None,
     out: str | Path | None = None,
     seed: int = 0,
     quiet: bool = False,
     **sections: Any,
 ) -> TrainResult:
-    """Train `model` by PPO against `reward_fn` on `prompts`, by SFT on `samples`, or by ILQL on them with `rewards`.
+    """Train `model`: against `reward_fn` on `prompts`, by imitation of `samples`, by what their `rewards`
+    say, or on preferences as `pairs`.
 
         accord.train("my-model", reward_fn=lambda prompt, completion: -len(completion), prompts=["Say hello"])
+        accord.train("my-model", reward_fn=..., prompts=[...], method="rloo", rloo={"samples_per_prompt": 8})
         accord.train("my-model", samples=[("What is 2 + 2?", "4"), ...], sft={"epochs": 2})
         accord.train("my-model", samples=[("What is 2 + 2?", "4"), ("What is 2 + 2?", "5"), ...], rewards=[1, -1, ...])
+        accord.train("my-model", pairs=[("What is 2 + 2?", "4", "5"), ...], method="dpo", dpo={"beta": 0.1})
 
-    Equal settings give the same weights as `accord ppo`, `accord sft` and `accord ilql` on the same data. Calling again
-    with the same arguments continues an interrupted run, or returns the finished one.
+    Equal settings give the same weights as the method's command on the same data. Calling again with the same
+    arguments continues an interrupted run, or returns the finished one.
 
     Args:
         model: folder or hub id of a causal language model, or "quickstart"; or the whole section of a recipe, for
             example {"path": "my-model", "template": "plain"}.
+        method: a stage's name. Unset: ppo for a reward function, sft for samples, dpo for pairs. Pairs are also for
+            orpo, kto and reward; a reward function also for the other methods that sample, such as grpo.
         reward_fn: f(prompt, completion) -> float; prompt is the text of a one-message prompt, else its messages. An
             exception in it stops the run and names the prompt.
         prompts: texts, or lists of {"role", "content"}.
-        samples: (prompt, answer) pairs, lists of {"role", "content"} ending with the assistant, or plain texts.
+        samples: (prompt, answer) pairs, lists of {"role", "content"} ending with the assistant, plain texts, or dicts
+            with the fields of a row in a data file; for kto such dicts with a label.
         rewards: for each sample a number, its return; or a list of numbers, one for each token the assistant wrote (in
             the model's tokenizer, end token included), which add up to its return.
+        pairs: (prompt, chosen, rejected), or dicts with the fields of a row in a data file (rankings, too).
         out: run folder; default runs/<method>.
         sections: recipe sections as dicts, for example ppo={"kl_coef": 0.1}, data={"max_tokens": 256}.
     Raises: ConfigError for arguments that do not go together; DataError for unusable rows; RewardError.
     """
-    stage, corpus = _task(reward_fn, prompts, samples, rewards)
+    given = {"reward_fn": reward_fn, "prompts": prompts, "samples": samples, "rewards": rewards, "pairs": pairs}
+    stage = _method(method, {name for name, value in given.items() if value is not None and not _is_empty(value)})
     tree: dict[str, Any] = _yaml_like(sections)
     tree["seed"] = seed
     tree["model"] = _yaml_like(model if isinstance(model, Mapping) else {"path": model})
     tree.setdefault("data", {}).setdefault("holdout", 0.0)
-    if stage == "ppo":
-        tree["ppo"] = {"value_init": "policy", **tree.get("ppo", {})}
-    tree.setdefault(stage, {})
+    if prompts is not None:
+        groups = [Group(_messages(prompt, f"prompts[{index}]")) for index, prompt in enumerate(prompts)]
+        corpus = Corpus(prompts=Part.of(groups, "prompts"))
+    elif pairs is not None:
+        corpus = Corpus(preferences=_rows(pairs, "pairs", _pair))
+    else:
+        part = _rows(samples or (), "samples", _sample)
+        if rewards is not None:
+            part = _rewarded(part, samples or (), rewards)
+        corpus = Corpus(sft=part) if stage == "sft" else Corpus(preferences=part)
+    section = tree.get(stage, {})
+    tree[stage] = {"value_init": "policy", **section} if stage == "ppo" and isinstance(section, dict) else section
     tree["name"] = stage
     tree["out"] = str(out) if out is not None else None
     recipe = recipe_from(tree, source="accord.train")
-    functions = {} if reward_fn is None else {"ppo.reward_function": reward_fn}
-    summary = run_stages(recipe, corpus, [stage], Console(quiet=quiet), functions)[stage]
+    functions = {} if reward_fn is None else {f"{stage}.reward_function": reward_fn}
+    summary = pipeline.run_stages(recipe, corpus, [stage], Console(quiet=quiet), functions)[stage]
     folder = Path(recipe.out or f"runs/{stage}") / stage
     return TrainResult(folder, folder / "model", summary)
 
 
-def _task(
-    reward_fn: RewardFunction | None,
-    prompts: Sequence[Prompt] | None,
-    samples: Sequence[Any] | None,
-    rewards: Sequence[Reward] | None,
-) -> tuple[str, Corpus]:
-    """The stage that these arguments ask for, and its data."""
-    if (reward_fn is None) == (samples is None) or (samples is not None and prompts is not None):
-        raise ConfigError("accord.train takes reward_fn= and prompts= (PPO), or samples= (SFT), with rewards= (ILQL)")
-    if samples is not None and rewards is not None:
-        return "ilql", Corpus(preferences=Part.of(_rewarded(samples, rewards), "samples"))
-    if samples is not None:
-        return "sft", Corpus(sft=Part.of([_sample(s, i) for i, s in enumerate(samples)], "samples"))
-    if rewards is not None:
-        raise ConfigError("rewards= go with samples=, one for each; PPO asks reward_fn= for its rewards")
-    if not prompts:
+def _method(method: str | None, given: set[str]) -> str:
+    """The method that is named, or the first that takes what is given. Raises ConfigError where they do not fit."""
+    if method is not None and method not in _TAKES:
+        near = get_close_matches(method, _TAKES, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ConfigError(f"accord.train: method={method!r}{hint} is none of {', '.join(_TAKES)}")
+    candidates = _TAKES if method is None else {method: _TAKES[method]}
+    for name, alternatives in candidates.items():
+        if given in map(set, alternatives):
+            return name
+    if "reward_fn" in given and given <= {"reward_fn", "prompts"} and (method is None or method in _ONLINE):
         raise ConfigError("accord.train(reward_fn=...) needs prompts=[...], the texts the policy shall answer")
-    return "ppo", Corpus(prompts=Part.of([Group(_messages(p, i)) for i, p in enumerate(prompts)], "prompts"))
+    if "rewards" in given and "samples" not in given:
+        raise ConfigError(
+            "rewards= go with samples=, one for each; methods that sample ask reward_fn= for their rewards"
+        )
+    if method is None:
+        raise ConfigError(
+            "accord.train takes reward_fn= and prompts= (PPO), or samples= (SFT), with rewards= (ILQL), or pairs= (DPO)"
+        )
+    takes = " or ".join(" and ".join(f"{name}=" for name in names) for names in _TAKES[method])
+    found = " and ".join(f"{name}=" for name in sorted(given)) or "nothing"
+    raise ConfigError(f"accord.train(method={method!r}) takes {takes}; it was given {found}")
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, Sized) and len(value) == 0
 
 
 def _yaml_like(value: Any) -> Any:
@@ -113,40 +159,61 @@ def _yaml_like(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _messages(prompt: Prompt, index: int) -> tuple[Message, ...]:
+def _messages(prompt: Prompt, where: str) -> tuple[Message, ...]:
     if isinstance(prompt, str):
         return (Message("user", prompt),)
     try:
         return tuple(Message(m["role"], m["content"]) for m in prompt)
     except (KeyError, TypeError) as error:
         raise DataError(
-            f"prompts[{index}] is {prompt!r}: expected a text or a list of {{'role', 'content'}} messages"
+            f"{where} is {prompt!r}: expected a text or a list of {{'role', 'content'}} messages"
         ) from error
 
 
-def _sample(sample: Any, index: int) -> Group:
+def _rows(rows: Sequence[Any], name: str, read: Callable[[Any, str, Counter[str]], tuple[Group, ...]]) -> Part:
+    """What `read` makes of every row; it is told where the row stands, for its errors."""
+    left_out: Counter[str] = Counter()
+    groups = [group for index, row in enumerate(rows) for group in read(row, f"{name}[{index}]", left_out)]
+    return Part.of(groups, name, left_out_notes(left_out))
+
+
+def _pair(pair: Any, where: str, left_out: Counter[str]) -> tuple[Group, ...]:
+    if isinstance(pair, tuple) and len(pair) == 3:
+        pair = dict(zip(("prompt", "chosen", "rejected"), pair, strict=True))
+    if not isinstance(pair, Mapping):
+        raise DataError(
+            f"{where} is {pair!r}: expected a (prompt, chosen, rejected) tuple, or a dict with the fields of a row in "
+            "a data file"
+        )
+    return read_row(pair, where, left_out)
+
+
+def _sample(sample: Any, where: str, left_out: Counter[str]) -> tuple[Group, ...]:
+    if isinstance(sample, Mapping):
+        return read_row(sample, where, left_out)
     if isinstance(sample, str):
-        return Group((), (Completion((Message("assistant", sample),)),))
+        return (Group((), (Completion((Message("assistant", sample),)),)),)
     if isinstance(sample, tuple) and len(sample) == 2 and all(isinstance(part, str) for part in sample):
-        return Group((Message("user", sample[0]),), (Completion((Message("assistant", sample[1]),)),))
+        return (Group((Message("user", sample[0]),), (Completion((Message("assistant", sample[1]),)),)),)
     if isinstance(sample, list):
-        messages = _messages(sample, index)
+        messages = _messages(sample, where)
         first = next((i for i, m in enumerate(messages) if m.role == "assistant"), None)
         if first is not None:
-            return Group(messages[:first], (Completion(messages[first:]),))
+            return (Group(messages[:first], (Completion(messages[first:]),)),)
     raise DataError(
-        f"samples[{index}] is {sample!r}: expected a text, a (prompt, answer) pair of texts, or a list of messages "
-        f"with an "
-        "assistant turn"
+        f"{where} is {sample!r}: expected a text, a (prompt, answer) pair of texts, a list of messages with an "
+        "assistant turn, or a dict with the fields of a row in a data file"
     )
 
 
-def _rewarded(samples: Sequence[Any], rewards: Sequence[Reward]) -> list[Group]:
+def _rewarded(part: Part, samples: Sequence[Any], rewards: Sequence[Reward]) -> Part:
+    """The answers with their returns, or with a reward for each token."""
     if len(samples) != len(rewards):
         raise DataError(f"there are {len(samples)} samples and {len(rewards)} rewards: give one for each sample")
+    if len(part.groups) != len(samples):
+        raise DataError("rewards= needs samples that are single answers: (prompt, answer), messages, or texts")
     groups = []
-    for index, (sample, reward) in enumerate(zip(samples, rewards, strict=True)):
-        group = _sample(sample, index)
+    for index, (group, reward) in enumerate(zip(part.groups, rewards, strict=True)):
         of_tokens = isinstance(reward, list | tuple)
         given: list[Any] = list(reward) if of_tokens else [reward]
         if not given or not all(isinstance(x, Real) and math.isfinite(x) for x in given):
@@ -156,4 +223,4 @@ def _rewarded(samples: Sequence[Any], rewards: Sequence[Reward]) -> list[Group]:
         numbers = tuple(map(float, given))
         answer = replace(group.completions[0], score=math.fsum(numbers), rewards=numbers if of_tokens else None)
         groups.append(replace(group, completions=(answer,)))
-    return groups
+    return Part.of(groups, "samples", part.notes)

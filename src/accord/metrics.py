@@ -25,7 +25,7 @@ Reduction = Literal[
 GROUPS: Mapping[str, str] = MappingProxyType(
     {
         "train": "What the optimiser saw while it updated the weights.",
-        "rollout": "Completions sampled from the policy during PPO, before it is updated on them.",
+        "rollout": "Completions sampled from the policy, before it is updated on them.",
         "eval": "Held-out data: nothing here was trained on.",
         "time": "Where the seconds went.",
         "system": "Throughput and memory.",
@@ -202,6 +202,17 @@ _DECLARED = (
            "prompts whose samples all score alike / prompts",
            "Comparing such samples teaches nothing: the prompt is too easy, too hard, or has too few of them. Online "
            "DPO has no pair there."),
+    Metric("rollout/selection_quantile", "", "last", "neutral", "start + (end - start) * (step - 1) / (steps - 1)",
+           "Rejection sampling keeps what reaches this quantile of its prompt's scores. It rises within a cycle."),
+    Metric("rollout/kept_fraction", "fraction", "sequence mean", "neutral", "samples selected / samples",
+           "Share of the samples that rejection sampling selects, repeats included. Below 1 - quantile some prompts "
+           "are dropped; above it scores tie."),
+    Metric("rollout/kept_distinct_fraction", "fraction", "last", "up", "different selected samples / selected samples",
+           "Repeats are imitated once. A fall towards 0 means that the policy says the same thing again and again."),
+    Metric("rollout/kept_score/mean", "", "prompt mean", "up", "mean(score) of the samples selected",
+           "How good what is imitated is: what the policy moves towards."),
+    Metric("rollout/dropped_prompts", "prompts", "sum", "down", "prompts whose samples all score the same",
+           "Where all samples tie there is nothing to choose, and nothing is learned from the prompt."),
     Metric("rollout/prompts", "prompts", "total", "neutral", "prompts so far", "Prompts answered so far."),
     Metric("rollout/samples", "completions", "total", "neutral", "completions so far", "Completions sampled so far."),
     Metric("rollout/gold_utility/mean", "", "sequence mean", "up", "mean(true utility)",
@@ -268,6 +279,8 @@ _DECLARED = (
     Metric("eval/kl_per_sequence_nats", "nats per completion", "prompt mean", "down",
            "mean of sum_t log(policy / reference) on held-out prompts",
            "Distance from the reference model on new prompts."),
+    Metric("eval/kl_bound_nats", "nats per completion", "last", "down", "ln n - (n - 1) / n",
+           "Best-of-n is at most this far from the policy it samples from; less where answers score the same."),
     Metric("eval/completion_tokens/mean", "tokens", "prompt mean", "neutral", "mean(tokens per completion)",
            "Length of the answers to new prompts."),
     Metric("eval/completion_words/mean", "words", "prompt mean", "neutral", "mean(words per completion)",

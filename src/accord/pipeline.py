@@ -13,6 +13,7 @@ from accord.atomic import write_json
 from accord.config import Recipe
 from accord.evaluation.stage import run_evaluate
 from accord.methods import catalogue
+from accord.methods.bestofn import run_bestofn
 from accord.methods.context import Context
 from accord.methods.corpus import Corpus
 from accord.methods.ilql_stage import run_ilql
@@ -21,6 +22,7 @@ from accord.methods.online_stage import LEARNERS, run_online
 from accord.methods.ppo_stage import run_ppo
 from accord.methods.preference_stage import run_dpo, run_orpo
 from accord.methods.reward import run_reward
+from accord.methods.rft_stage import run_rft
 from accord.methods.sft import run_sft
 from accord.report.overview import overview_report
 from accord.rewards.scorers import RewardFunction
@@ -36,6 +38,8 @@ STAGES: Mapping[str, Callable[[Context], dict[str, Any]]] = {
     "ilql": run_ilql,
     "ppo": run_ppo,
     **{stage: partial(run_online, stage=stage) for stage in LEARNERS},
+    "rft": run_rft,
+    "bestofn": run_bestofn,
     "evaluate": run_evaluate,
 }
 

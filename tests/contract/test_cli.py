@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 import accord
 from accord.cli.main import main
+from accord.methods.catalogue import STAGES
 
 RECIPE = {
     "model": {"scratch": {"hidden_size": 16, "layers": 1, "heads": 2, "vocab_size": 300, "max_positions": 64}},
@@ -27,6 +30,14 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with `recipe.yaml` and its data, which is the current one."""
     rows = [{"prompt": f"ask {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(30)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    others = {
+        "marked": [{"prompt": f"ask {i}", "completion": f"yes {i}", "label": i % 2 == 0} for i in range(30)],
+        "scored": [{"prompt": f"ask {i}", "completion": f"yes {i}", "score": i} for i in range(30)],
+        "ranked": [{"prompt": f"ask {i}", "responses": ["a", "b", "c"], "ranks": [2, 1, 3]} for i in range(30)],
+        "prompts": [{"prompt": f"ask {i}"} for i in range(30)],
+    }
+    for name, lines in others.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     recipe = RECIPE | {"name": "demo", "data": {**RECIPE["data"], "preferences": "pairs.jsonl"}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     monkeypatch.chdir(tmp_path)
@@ -53,7 +64,9 @@ def files(folder: Path) -> dict[str, bytes]:
 # --- help ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [[], *([verb] for verb in VERBS), ["data"], ["quickstart"], ["benchmark"]])
+@pytest.mark.parametrize(
+    "arguments", [[], *([verb] for verb in VERBS), ["dpo"], ["methods"], ["data"], ["quickstart"], ["benchmark"]]
+)
 def test_help_exits_0_and_shows_an_example(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([*arguments, "--help"])
@@ -79,6 +92,30 @@ def test_a_command_line_that_cannot_be_read_exits_2(arguments: list[str], capsys
     assert "usage: accord" in capsys.readouterr().err
 
 
+# --- the methods ------------------------------------------------------------------------------------------------------
+
+
+def test_the_methods_are_told_apart_within_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accord.cli.methods.screen", lambda: Console(width=80))
+    assert main(["methods"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    assert {"needs", "costs", "choose it"} <= set(re.findall(r"[a-z]+(?: it)?", text))
+    for stage in STAGES.values():
+        assert stage.name == "evaluate" or re.search(rf"│ {stage.verb} +│", text), stage.verb
+
+
+def test_the_methods_as_json_have_all_their_facts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "--json"]) == 0
+    methods = {row["method"]: row for row in json.loads(capsys.readouterr().out)}
+    assert methods.keys() == {stage.verb for stage in STAGES.values()} - {"evaluate"}
+    assert all(row["needs"] and row["costs"] and row["choose"] and row["example"] for row in methods.values())
+    assert methods["online-dpo"]["section"] == "online_dpo"
+    assert (methods["ppo"]["models_trained"], methods["ppo"]["models_frozen"]) == (2, 2)
+
+
 # --- what is refused before anything runs ----------------------------------------------------------------------------
 
 
@@ -101,6 +138,20 @@ def test_a_command_line_that_cannot_be_read_exits_2(arguments: list[str], capsys
         (["reward", "recipe.yaml"], "the sft stage of this recipe is not finished in runs/demo/sft: run `accord sft`"),
         (["ppo", "recipe.yaml"], "the sft stage of this recipe is not finished"),
         (["ppo", "recipe.yaml", "--set", "sft=null"], "the reward stage of this recipe is not finished"),
+        (["dpo", "--set", "model.path=x"], "no comparisons: set `data.preferences`"),
+        (["kto", "--set", "model.path=x"], "no ratings: set `data.preferences`"),
+        (["dpo", "recipe.yaml"], "the sft stage of this recipe is not finished in runs/demo/sft: run `accord sft`"),
+        (["dpo", "recipe.yaml", "--set", "data.preferences=marked.jsonl"], "Single answers with labels are for kto"),
+        (["orpo", "recipe.yaml", "--set", "data.preferences=marked.jsonl"], "with scores for ilql, and several in one"),
+        (["kto", "recipe.yaml", "--set", "data.preferences=scored.jsonl"], "kto learns from marks: give each answer a"),
+        (["kto", "recipe.yaml", "--set", "data.preferences=ranked.jsonl"], "Rankings are for reward, dpo and orpo"),
+        (["dpo", "recipe.yaml", "--set", "data.preferences=prompts.jsonl"], "are for the methods that sample, such as"),
+        (["dpo", "recipe.yaml", "--set", "dpo.loss=sppo"], "`dpo.loss`"),
+        (
+            ["dpo", "recipe.yaml", "--set", "dpo.target_margin=2"],
+            "`dpo.target_margin` is read only by `dpo.loss` = simpo",
+        ),
+        (["kto", "recipe.yaml", "--set", "kto.loss=bco", "--set", "kto.desirable_weight=2"], "`kto.desirable_weight`"),
         (["evaluate", "recipe.yaml", "--set", "sft=null", "--set", "ppo=null"], "there is only one model to evaluate"),
     ],
 )
@@ -147,6 +198,41 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
     expected = {"sft": "2 of 8", "reward": "2 of 8", "ppo": "1 rollouts of 8, 16", "evaluate": "held-out prompts"}
     for stage in expected if verb == "run" else (verb,):
         assert all(word in text for word in expected[stage].split())
+
+
+@pytest.mark.parametrize(
+    ("verb", "data", "counted"),
+    [
+        ("dpo", "pairs", "comparisons"),
+        ("orpo", "ranked", "comparisons"),
+        ("kto", "pairs", "labels"),
+        ("kto", "marked", "labels"),
+    ],
+)
+def test_a_dry_run_of_a_preference_stage_counts_what_a_step_takes(
+    verb: str, data: str, counted: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files(workplace)
+    settings = ("--set", f"data.preferences={data}.jsonl", "--set", f"{verb}.batch_size=4")
+    assert main([verb, "recipe.yaml", "--dry-run", *settings]) == 0
+    assert files(workplace) == before
+    text = " ".join(capsys.readouterr().out.split())
+    found = re.search(rf"(\d+) {counted}, (\d+) held out │ (\d+) of 4", text)
+    assert found, text
+    train, held_out, steps = map(int, found.groups())
+    assert train + held_out == (60 if (verb, data) == ("kto", "pairs") else 30)
+    assert steps == -(-train // 4)
+
+
+@pytest.mark.parametrize("verb", ["dpo", "orpo", "kto"])
+def test_a_preference_stage_leaves_a_model_a_card_and_its_story(verb: str, workplace: Path) -> None:
+    settings = ("--set", "sft=null", "--set", f"{verb}.max_steps=2", "--set", f"{verb}.batch_size=8")
+    assert main([verb, "recipe.yaml", *settings]) == 0
+    stage = workplace / "runs" / "demo" / verb
+    card = (stage / "model" / "README.md").read_text()
+    assert f"stage `{verb}`" in card and "| eval/accuracy |" in card
+    assert "Log-probability of the answers" in (stage / "report.html").read_text()
+    assert json.loads((stage.parent / "summary.json").read_text())["stages"] == ["base", verb]
 
 
 def test_a_dry_run_refuses_what_the_run_would_refuse(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ import pytest
 from accord.cli.main import _parser
 from accord.config import Recipe, load_recipe
 from accord.config.load import overrides_tree, recipe_from, section_in
+from accord.methods.catalogue import STAGES
 from accord.metrics import GROUPS, METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,11 +151,22 @@ def test_keys_metrics_and_files_named_in_the_docs_exist(page: Path) -> None:
         assert any((folder / name).exists() for folder in (ROOT, ROOT / "src/accord", ROOT / "src")), f"{page}: {name}"
 
 
-@pytest.mark.parametrize("name", ["sft", "reward-model", "ppo"])
+@pytest.mark.parametrize("name", [page.stem for page in sorted((ROOT / "docs/methods").glob("*.md"))])
 def test_the_defaults_on_a_methods_page_are_the_codes(name: str) -> None:
-    recipe = recipe_from({"sft": {}, "reward": {}, "ppo": {}}).model_dump()
+    recipe = recipe_from({stage: {} for stage in STAGES}).model_dump()
     tabled = tabled_settings(ROOT / f"docs/methods/{name}.md")
     assert tabled and tabled == {key: setting(recipe, key) for key in tabled}
+
+
+def test_every_row_of_the_papers_page_names_a_function_and_a_test_of_it() -> None:
+    page = prose(ROOT / "docs/papers.md")
+    rows = re.findall(r"^\|[^|]*\|[^|]*\| `losses/(\w+)\.py` `(\w+)` \| `([\w/]+\.py)` `(\w+)` \|$", page, re.MULTILINE)
+    assert len(rows) == len(re.findall(r"^\| .*\|$", page, re.MULTILINE)) - 1
+    for module, function, file, test in rows:
+        assert callable(getattr(importlib.import_module(f"accord.losses.{module}"), function)), function
+        source = (ROOT / file).read_text(encoding="utf-8")
+        body = re.search(rf"^def {test}\(.*?(?=^\S|\Z)", source, re.MULTILINE | re.DOTALL)
+        assert body and function in source, f"{file}: {test} of {function}"
 
 
 @pytest.mark.parametrize("name", ["quickstart", "randomwalks"])

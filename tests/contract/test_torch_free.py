@@ -35,8 +35,9 @@ def reports():
 check("import accord", lambda: __import__("accord"))
 check("--help", lambda: command("--help"))
 check("--version", lambda: command("--version"))
-for verb in ("sft", "reward", "ppo", "evaluate", "run", "quickstart"):
+for verb in ("sft", "reward", "dpo", "orpo", "kto", "ppo", "evaluate", "run", "quickstart", "methods"):
     check(f"{verb} --help", lambda: command(verb, "--help"))
+check("methods", lambda: command("methods"))
 check("benchmark randomwalks --help", lambda: command("benchmark", "randomwalks", "--help"))
 pairs, recipe = str(folder / "pairs.jsonl"), str(folder / "recipe.yaml")
 check("data check", lambda: command("data", "check", pairs))
@@ -46,7 +47,7 @@ check("unknown key", lambda: command("ppo", "--set", "ppo.clip_rang=0.2"))
 check("contradiction", lambda: command("ppo", recipe, "--set", "ppo.target_kl=3"))
 check("missing data", lambda: command("sft", recipe, "--set", "data.sft=nowhere.jsonl"))
 check("dry run of all stages", lambda: command("run", recipe, "--dry-run"))
-for verb in ("sft", "reward", "ppo", "evaluate"):
+for verb in ("sft", "reward", "dpo", "orpo", "kto", "ppo", "evaluate"):
     check(f"dry run of {verb}", lambda: command(verb, recipe, "--dry-run"))
 check("reports", reports)
 print(json.dumps(loaded))

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accord.data.convert import KINDS, as_kind, convert_groups, writing
+from accord.data.convert import KINDS, as_kind, convert_groups, pair_margin, writing
 from accord.data.read import read_groups
 from accord.errors import DataError
 from accord.records import Completion, Group, Message, Origin
@@ -68,6 +68,43 @@ def test_conversions(given: list[Group], to, expected: list[str], dropped: dict[
     assert texts(result.groups) == expected and dict(result.dropped) == dropped
     fitting = {"pairs", "ranked"} if to == "ranked" else {to}
     assert {g.kind for g in result.groups} <= fitting
+
+
+@pytest.mark.parametrize(
+    ("given", "to", "changed"),
+    [
+        ([PAIR, PAIR, TIE, RANKED], "ranked", {}),
+        ([SCORED, LABELLED, ONE_SCORE, PAIR], "ranked", {"rated": 2}),
+        ([RANKED, PAIR], "pairs", {"ranked": 1}),
+        ([PAIR, PAIR, GOOD], "rated", {"pairs": 2}),
+        ([PAIR, SFT, GOOD, BAD], "sft", {"pairs": 1, "rated": 1}),
+    ],
+)
+def test_what_was_of_another_kind_is_counted(given: list[Group], to, changed: dict[str, int]) -> None:
+    assert dict(as_kind(given, to).changed) == changed
+
+
+@pytest.mark.parametrize(
+    ("given", "to", "methods"),
+    [
+        ([BAD], "sft", "Single answers with labels are for kto or ilql, with scores for ilql, and several in one row"),
+        ([RANKED], "rated", "Rankings are for reward, dpo and orpo."),
+        ([SFT, Group(PROMPT)], "ranked", "Demonstrations are for sft; prompts alone are for the methods that sample"),
+    ],
+)
+def test_a_refusal_names_the_methods_that_the_data_are_for(given: list[Group], to, methods: str) -> None:
+    with pytest.raises(DataError) as refused:
+        as_kind(given, to)
+    assert methods in str(refused.value)
+
+
+def test_the_margin_of_two_answers_is_the_pairs_own_else_the_difference_of_their_scores() -> None:
+    first = Completion(PAIR.completions[0].messages, rank=0, score=3.0)
+    second = Completion(PAIR.completions[1].messages, rank=1, score=1.0)
+    assert pair_margin(replace(PAIR, margin=None), first, second) == 2.0
+    assert pair_margin(replace(PAIR, margin=0.5), first, second) == 0.5
+    assert pair_margin(RANKED, RANKED.completions[1], RANKED.completions[0]) is None
+    assert pair_margin(replace(RANKED, margin=9.0), first, second) == 2.0
 
 
 def test_the_pairs_of_scored_answers_have_the_difference_as_margin() -> None:

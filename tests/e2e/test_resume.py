@@ -86,6 +86,33 @@ def test_a_stage_killed_at_any_moment_continues_to_the_same_bits(
         assert folders <= 3 * KILLS, "the commands end before they are killed"
 
 
+@pytest.mark.parametrize(("stage", "loss", "remembers"), [("dpo", "dpo", False), ("kto", "bco", True)])
+def test_a_preference_stage_killed_at_any_moment_continues_to_the_same_bits(
+    stage: str, loss: str, remembers: bool, reference: Reference, tmp_path: Path
+) -> None:
+    """Its reference log-probabilities are those of the first start, and BCO's mean reward is that of the last step."""
+    draw = random.Random(f"kills of {loss}")
+    keys = {"loss": loss, "batch_size": 4, "epochs": 2, "checkpoint_every": 2, "eval_every": 3, "learning_rate": 3e-3}
+    settings = [part for key, value in keys.items() for part in ("--set", f"{stage}.{key}={value}")]
+    whole = reference.before("reward", tmp_path / "whole")
+    code, output, seconds = reference.run(stage, whole, *settings)
+    assert code == 0, output
+    expected = outcome(whole / stage)
+    assert len(expected["metrics"]) >= 12 and expected["weights"] != reference.outcomes["sft"]["weights"]
+    assert len({row.get("train/bco_reward_shift") for row in expected["metrics"]}) > 1 or not remembers
+    kills = folders = 0
+    while kills < 5:
+        root = reference.before("reward", tmp_path / f"run{folders}")
+        first = seconds * (folders % 3 + draw.random()) / 3
+        for moment in (first, (seconds - first) * draw.random(), None):
+            code, output, _ = reference.run(stage, root, *settings, after=moment)
+            assert code == (-signal.SIGKILL if code else 0), output
+            kills += code != 0
+        assert outcome(root / stage) == expected
+        folders += 1
+        assert folders <= 15, "the commands end before they are killed"
+
+
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_a_stage_with_adapters_continues_to_the_same_bits(stage: str, reference: Reference, tmp_path: Path) -> None:
     """Checkpoints hold the adapters alone; what they stand beside is read from the starting model again."""

@@ -102,6 +102,20 @@ def test_whitening_may_keep_the_mean() -> None:
     assert white.mean().item() == pytest.approx(1.6)
 
 
+def test_whitening_does_not_blow_up_what_hardly_varies() -> None:
+    """0 and .0002: variance 1e-8, so -+.0001 / sqrt(1e-8 + 1e-8) = -+.707107 and not -+1."""
+    white = whiten(torch.tensor([[0.0, 2e-4]], dtype=torch.float64), torch.tensor([[True, True]]))
+    assert white[0].tolist() == near([-0.707107, 0.707107])
+
+
+def test_whitening_computes_in_float32() -> None:
+    """1, 2, 3, 4.03125 are exact in bfloat16, what comes out of them is not."""
+    x = torch.tensor([[1.0, 2.0, 3.0, 4.03125]])
+    white = whiten(x.bfloat16(), ALL)
+    assert white.dtype == torch.float32
+    assert white[0].tolist() == near(whiten(x.double(), ALL)[0].tolist())
+
+
 def test_whitened_entries_carry_no_gradient() -> None:
     assert not whiten(REWARDS.clone().requires_grad_(), ALL).requires_grad
 

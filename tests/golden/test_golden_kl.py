@@ -97,6 +97,14 @@ def test_exact_kl_with_impossible_outcomes() -> None:
     assert categorical_kl(fair, certain.detach()).item() == math.inf
 
 
+def test_exact_kl_of_low_precision_logits_is_computed_in_float32() -> None:
+    """2, 1, 0 against 0, 0, 0: KL = ln 3 - entropy of softmax(2, 1, 0) = 1.098612 - .832396 = .266217."""
+    p, q = torch.tensor([2.0, 1.0, 0.0]).bfloat16(), torch.zeros(3).bfloat16()
+    assert categorical_kl(p, q).item() == pytest.approx(0.266217, abs=1e-6)
+    assert categorical_kl(p, q.float()).item() == pytest.approx(0.266217, abs=1e-6)
+    assert categorical_kl(p.float(), q).item() == pytest.approx(0.266217, abs=1e-6)
+
+
 def test_shaping_with_k1_keeps_the_sequence_kl() -> None:
     """pi .5 .4 .8 .9, ref .4 .5 .8 .6, coefficient .05, score 1.5: k1 = .223144 -.223144 0 .405465, whose sum .405465
     is the log-ratio of the whole sequence, ln(.144 / .096); rewards -.011157 .011157 0 1.5 - .020273 = 1.479727."""

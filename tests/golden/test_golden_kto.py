@@ -54,17 +54,17 @@ def test_kto_weighs_the_two_kinds() -> None:
 
 
 def test_kto_metrics_are_sums() -> None:
-    """Log-ratios 1, .5, 0 (desirable) and 1, -1 (not) against z0 = .5: d = .05, 0, -.05, and .05, -.15. Right: the
-    first, half the second, the last. Rewards .1 + .05 + 0 and .1 - .1. Losses .487503 + .5 + .512497 + .512497 +
+    """Log-ratios 1, .5, 0 (desirable) and .5, -1 (not) against z0 = .5: d = .05, 0, -.05, and 0, -.15. Right: the
+    first, the last, and half of the two ties. Rewards .1 + .05 + 0 and .05 - .1. Losses .487503 + .5 + .512497 + .5 +
     .462570."""
-    policy, kinds = double(1, 0.5, 0, 1, -1), torch.tensor([True, True, True, False, False])
+    policy, kinds = double(1, 0.5, 0, 0.5, -1), torch.tensor([True, True, True, False, False])
     result = kto_loss(policy, torch.zeros_like(policy), kinds, point(0.5), beta=0.1)
-    assert result.correct_sum.item() == 2.5
+    assert result.correct_sum.item() == 3.0
     assert result.desirable_reward_sum.item() == pytest.approx(0.15)
-    assert result.undesirable_reward_sum.item() == pytest.approx(0.0, abs=1e-15)
+    assert result.undesirable_reward_sum.item() == pytest.approx(-0.05)
     assert (result.desirable_count.item(), result.undesirable_count.item()) == (3, 2)
-    assert result.loss_sum.item() == pytest.approx(2.475067, abs=2e-6)
-    assert result.loss.item() == pytest.approx(2.475067 / 5, abs=1e-6)
+    assert result.loss_sum.item() == pytest.approx(2.462570, abs=1e-6)
+    assert result.loss.item() == pytest.approx(2.462570 / 5, abs=1e-6)
 
 
 @pytest.mark.parametrize(("log_ratios", "z0"), [([0.4, -0.9, 0.2], 0.0), ([0.4, 0.9, 0.2], 0.5), ([], 0.0)])
@@ -107,16 +107,16 @@ def test_bco(
 
 
 def test_bco_metrics_are_sums() -> None:
-    """Log-ratios 1 (desirable) and -1, 2 (not) against shift .1: d = 0, -.2, .1. Right: half the first, and the second.
-    Rewards .1 and -.1 + .2. Losses .693147 + .598139 + .744397 = 2.035683."""
-    policy, kinds = double(1, -1, 2), torch.tensor([True, False, False])
+    """Log-ratios 1 (desirable) and -1, 2, -3 (not) against shift .1: d = 0, -.2, .1, -.4. Right: half the first, the
+    second, the last. Rewards .1 and -.1 + .2 - .3. Losses .693147 + .598139 + .744397 + .513015 = 2.548698."""
+    policy, kinds = double(1, -1, 2, -3), torch.tensor([True, False, False, False])
     result = bco_loss(policy, torch.zeros_like(policy), kinds, point(0.1), beta=0.1)
-    assert result.correct_sum.item() == 1.5
+    assert result.correct_sum.item() == 2.5
     assert result.desirable_reward_sum.item() == pytest.approx(0.1)
-    assert result.undesirable_reward_sum.item() == pytest.approx(0.1)
-    assert (result.desirable_count.item(), result.undesirable_count.item()) == (1, 2)
-    assert result.loss_sum.item() == pytest.approx(2.035683, abs=1e-6)
-    assert result.loss.item() == pytest.approx(2.035683 / 3, abs=1e-6)
+    assert result.undesirable_reward_sum.item() == pytest.approx(-0.2)
+    assert (result.desirable_count.item(), result.undesirable_count.item()) == (1, 3)
+    assert result.loss_sum.item() == pytest.approx(2.548698, abs=1e-6)
+    assert result.loss.item() == pytest.approx(2.548698 / 4, abs=1e-6)
 
 
 def test_bco_ends_where_the_reward_is_the_log_odds_of_being_desirable() -> None:
@@ -133,6 +133,7 @@ def test_bco_ends_where_the_reward_is_the_log_odds_of_being_desirable() -> None:
     ("num_desirable", "num_undesirable", "weights"),
     [
         (100, 100, (1.0, 1.0)),
+        (1, 1, (1.0, 1.0)),
         (4, 3, (1.0, 1.0)),
         (5, 4, (1.0, 1.0)),
         (30, 120, (4.0, 1.0)),

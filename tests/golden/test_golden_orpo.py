@@ -46,6 +46,7 @@ def test_one_pair(
     assert result.odds_ratio_loss_sum.item() == pytest.approx(penalty, rel=2e-6)
     assert result.nll_sum.item() == -chosen
     assert result.margin_sum.item() == pytest.approx(log_odds_ratio, abs=1e-6)
+    assert result.correct_sum.item() == (0.5 if log_odds_ratio == 0 else float(log_odds_ratio > 0))
     assert a.grad.item() == pytest.approx(chosen_gradient, rel=1e-6)
     assert b.grad.item() == pytest.approx(rejected_gradient, rel=1e-5)
 

@@ -254,16 +254,17 @@ def test_apo_down() -> None:
 
 
 def test_metrics_are_sums_over_pairs() -> None:
-    """w = 1, -2, 3 and l = -1, 0, 3 with beta = .1: D = 2, -2, 0, so 1 + 0 + .5 are right; rewards .1 - .2 + .3 and
-    -.1 + 0 + .3, margins .2 - .2 + 0. Losses 2 * .598139 + .2 + .693147 = 2.089425."""
-    result = dpo_loss(double(-12, -5, 0), double(-15, -7, -4), double(-13, -3, -3), double(-14, -7, -7), beta=0.1)
-    assert result.correct_sum.item() == 1.5
-    assert result.chosen_reward_sum.item() == pytest.approx(0.2)
-    assert result.rejected_reward_sum.item() == pytest.approx(0.2)
-    assert result.margin_sum.item() == pytest.approx(0.0, abs=1e-12)
-    assert result.loss_sum.item() == pytest.approx(2.089425, abs=1e-6)
-    assert result.loss.item() == pytest.approx(2.089425 / 3, abs=1e-6)
-    assert result.pair_count.item() == 3
+    """w = 1, 3, 3, -2 and l = -1, 0, 3, -2 with beta = .1: D = 2, 3, 0, 0, so 1 + 1 + .5 + .5 are right; rewards .1 +
+    .3 + .3 - .2 and -.1 + 0 + .3 - .2, margins .2 + .3. Losses .598139 + .554355 + 2 * .693147 = 2.538789."""
+    policy = double(-12, 0, 0, -5), double(-15, -7, -4, -8)
+    result = dpo_loss(*policy, double(-13, -3, -3, -3), double(-14, -7, -7, -6), beta=0.1)
+    assert result.correct_sum.item() == 3.0
+    assert result.chosen_reward_sum.item() == pytest.approx(0.5)
+    assert result.rejected_reward_sum.item() == pytest.approx(0.0, abs=1e-12)
+    assert result.margin_sum.item() == pytest.approx(0.5)
+    assert result.loss_sum.item() == pytest.approx(2.538789, abs=1e-6)
+    assert result.loss.item() == pytest.approx(2.538789 / 4, abs=1e-6)
+    assert result.pair_count.item() == 4
 
 
 LENGTHS = {"length_coef": 9.0, "chosen_lengths": double(1), "rejected_lengths": double(2)}

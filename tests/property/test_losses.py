@@ -253,6 +253,8 @@ def test_advantages_carry_no_gradient_and_ignore_masked_garbage(shape: tuple[int
     dirty = gae(rewards, values, t.mask, gamma=0.9, gae_lambda=0.9)
     assert torch.equal(clean.advantages, dirty.advantages) and torch.equal(clean.returns, dirty.returns)
     assert not dirty.advantages.requires_grad and not dirty.returns.requires_grad
+    scores = t.target[:, 0].clone().requires_grad_()
+    assert not token_rewards(scores, values, t.mask).requires_grad
 
 
 @quick
@@ -417,10 +419,27 @@ def test_groups_may_be_split_into_micro_batches_in_any_order(seed: int) -> None:
 
 
 def test_low_precision_scores_are_compared_in_float32() -> None:
-    """ln(1 + 1/e) = .313262; the nearest bfloat16 is .3125."""
-    result = pairwise_loss(torch.tensor([3.0], dtype=torch.bfloat16), torch.tensor([2.0], dtype=torch.bfloat16))
+    """ln(1 + 1/e) = .313262; the nearest bfloat16 is .3125. A label of 2^-8 leaves 1 - 2^-8 for the other side, which
+    bfloat16 rounds to 1. Scores 3 and 2.015625 (twice) have (2 * 7.03125 / 3)^2 as their centring penalty."""
+    three, two = torch.tensor([3.0], dtype=torch.bfloat16), torch.tensor([2.0], dtype=torch.bfloat16)
+    result = pairwise_loss(three, two)
     assert result.loss.dtype == torch.float32
     assert result.loss.item() == pytest.approx(math.log1p(math.exp(-1)), rel=1e-6)
+    soft = pairwise_loss(three, two, soft_labels=torch.tensor([2.0**-8], dtype=torch.bfloat16))
+    assert soft.loss.item() == pytest.approx(math.log1p(math.exp(-1)) + 1 - 2.0**-8, rel=1e-6)
+    scores = torch.tensor([3.0, 2.015625, 2.015625], dtype=torch.bfloat16)
+    assert centring_penalty(scores, torch.zeros(3).long()).item() == pytest.approx((2 * 7.03125 / 3) ** 2, rel=1e-6)
+
+
+def test_metrics_of_the_reward_loss_carry_no_gradient() -> None:
+    scores = torch.tensor([1.0, 0.0], requires_grad=True)
+    record = pairwise_loss(scores[:1], scores[1:])
+    assert [f.name for f in dataclasses.fields(record) if getattr(record, f.name).requires_grad] == ["loss"]
+
+
+def test_a_number_that_no_completion_has_is_no_group() -> None:
+    """Groups 0 and 2: penalties (2 * 1)^2 and (2 * 2)^2, mean 10; the group 1 that nobody is in does not count."""
+    assert centring_penalty(torch.tensor([1.0, 2.0]), torch.tensor([0, 2])).item() == 10.0
 
 
 def test_no_completions_give_a_loss_of_zero() -> None:

@@ -324,8 +324,9 @@ def test_options_of_zero_are_dpo(seed: int) -> None:
 def test_extreme_log_probabilities_give_finite_losses_and_gradients(
     loss: AnyLoss, chosen: float, rejected: float
 ) -> None:
-    p = rows(Pairs(0), slice(0, 1))
-    logprobs = [torch.tensor([x]) for x in (chosen, rejected, -100.0, -100.0)]
+    p = rows(Pairs(0), slice(0, 2))
+    p.desirable = torch.tensor([True, False])
+    logprobs = [torch.full((2,), x) for x in (chosen, rejected, -100.0, -100.0)]
     record, gradient = evaluate(loss, tuple(logprobs), p)
     assert all(math.isfinite(value) for value in record.values())
     assert gradient.isfinite().all()
@@ -343,10 +344,13 @@ def test_a_hopeless_pair_keeps_its_gradient() -> None:
 
 @each(LOSSES)
 def test_low_precision_inputs_are_computed_in_float32(loss: AnyLoss) -> None:
-    """The numbers are exact in bfloat16; their difference to the references is not."""
-    p = rows(Pairs(0), slice(0, 1))
-    exact = tuple(torch.tensor([x]) for x in (-2.015625, -3.03125, -0.0078125, -1.0078125))
+    """The numbers are exact in bfloat16; their sums and differences are not, nor is 1 - p."""
+    p = rows(Pairs(0), slice(0, 3))
+    p.soft_labels, p.margins = torch.tensor([0.00390625, 0.75, 1.0]), torch.tensor([0.00390625, 0.5, -0.25])
+    numbers = [-2.015625, -3.03125, -0.0078125]
+    exact = tuple(torch.tensor(numbers[i % 3 :] + numbers[: i % 3]) for i in range(4))
     expected, _ = evaluate(loss, exact, p)
+    p.soft_labels, p.margins = p.soft_labels.bfloat16(), p.margins.bfloat16()
     record = loss(*(x.bfloat16() for x in exact), p)
     assert record.loss.dtype in (torch.float32, torch.float64)
     assert {f.name: getattr(record, f.name).item() for f in dataclasses.fields(record)} == expected
@@ -393,25 +397,34 @@ def test_sums_and_means_of_log_probabilities(seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "call",
+    ("name", "call"),
     [
-        *(lambda a, b, i=i: dpo_loss(*(b if j == i else a for j in range(4)), beta=BETA) for i in range(4)),
-        lambda a, b: dpo_loss(a, a, a, a, beta=BETA, margins=b),
-        lambda a, b: dpo_loss(a, a, a, a, beta=BETA, soft_labels=b),
-        lambda a, b: rdpo_loss(a, a, a, a, beta=BETA, length_coef=ALPHA, chosen_lengths=b, rejected_lengths=a),
-        lambda a, b: rdpo_loss(a, a, a, a, beta=BETA, length_coef=ALPHA, chosen_lengths=a, rejected_lengths=b),
-        lambda a, b: simpo_loss(a, b, beta=BETA, gamma=GAMMA),
-        lambda a, b: cpo_loss(a, b, beta=BETA),
-        lambda a, b: orpo_loss(a, b, odds_ratio_coef=COEF),
-        lambda a, b: kto_loss(a, b, a > 0, a.sum(), beta=BETA),
-        lambda a, b: kto_loss(a, a, b > 0, a.sum(), beta=BETA),
-        lambda a, b: kto_loss(a, a, a > 0, b, beta=BETA),
-        lambda a, b: bco_loss(a, a, a > 0, a, beta=BETA),
-        lambda a, b: kto_reference_point(a, b),
-        lambda a, b: sequence_logprobs(a[:, None].expand(3, 4), b > 0),
-        lambda a, b: mean_logprobs(a[:, None].expand(3, 4), b > 0),
+        ("chosen_logprobs", lambda a, b: dpo_loss(b, a, a, a, beta=BETA)),
+        ("rejected_logprobs", lambda a, b: dpo_loss(a, b, a, a, beta=BETA)),
+        ("ref_chosen_logprobs", lambda a, b: dpo_loss(a, a, b, a, beta=BETA)),
+        ("ref_rejected_logprobs", lambda a, b: dpo_loss(a, a, a, b, beta=BETA)),
+        ("margins", lambda a, b: dpo_loss(a, a, a, a, beta=BETA, margins=b)),
+        ("soft_labels", lambda a, b: dpo_loss(a, a, a, a, beta=BETA, soft_labels=b)),
+        (
+            "chosen_lengths",
+            lambda a, b: rdpo_loss(a, a, a, a, beta=BETA, length_coef=ALPHA, chosen_lengths=b, rejected_lengths=a),
+        ),
+        (
+            "rejected_lengths",
+            lambda a, b: rdpo_loss(a, a, a, a, beta=BETA, length_coef=ALPHA, chosen_lengths=a, rejected_lengths=b),
+        ),
+        ("rejected_mean_logprobs", lambda a, b: simpo_loss(a, b, beta=BETA, gamma=GAMMA)),
+        ("rejected_logprobs", lambda a, b: cpo_loss(a, b, beta=BETA)),
+        ("rejected_mean_logprobs", lambda a, b: orpo_loss(a, b, odds_ratio_coef=COEF)),
+        ("ref_logprobs", lambda a, b: kto_loss(a, b, a > 0, a.sum(), beta=BETA)),
+        ("desirable", lambda a, b: kto_loss(a, a, b > 0, a.sum(), beta=BETA)),
+        ("point", lambda a, b: kto_loss(a, a, a > 0, b, beta=BETA)),
+        ("point", lambda a, b: bco_loss(a, a, a > 0, a, beta=BETA)),
+        ("ref_logprobs", lambda a, b: kto_reference_point(a, b)),
+        ("mask", lambda a, b: sequence_logprobs(a[:, None].expand(3, 4), b > 0)),
+        ("mask", lambda a, b: mean_logprobs(a[:, None].expand(3, 4), b > 0)),
     ],
 )
-def test_shapes_that_would_broadcast_are_refused(call: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match="expected equal shapes"):
+def test_shapes_that_would_broadcast_are_refused(name: str, call: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=rf"expected equal shapes, found .*\b{name} "):
         call(torch.zeros(3), torch.zeros(3, 1))

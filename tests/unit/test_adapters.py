@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from accord.models.adapters import (
     sharing_copy,
     trainable_state,
 )
+from accord.models.ilql import ILQLModel
 from accord.models.layout import Layout, collate
 from accord.models.load import fresh_value_model, load_policy, load_reward_model, reward_model_from, save_model
 from accord.models.token_scores import score_completions, score_tokens
@@ -347,6 +349,18 @@ def test_peft_loads_a_reward_models_adapter_with_its_head(architecture: str, tmp
         assert torch.equal(loaded(input_ids=inputs).logits, model(input_ids=inputs).logits)
 
 
+def test_an_adapter_without_its_model_is_refused_and_so_is_a_model_with_one_beside_it(tmp_path: Path) -> None:
+    """transformers would put the adapter in, and training would go on with it."""
+    save_adapter(adapted("llama"), tmp_path / "adapter", base="base")
+    with pytest.raises(ConfigError, match="name the folder `model`"):
+        load_policy(tmp_path / "adapter")
+    both = save_model(tiny_model("llama"), word_tokenizer(), tmp_path / "both")
+    for file in (tmp_path / "adapter").iterdir():
+        shutil.copy(file, both)
+    with pytest.raises(ConfigError, match="holds an adapter"):
+        load_policy(both)
+
+
 def test_the_files_of_an_adapter_are_equal_in_every_process(tmp_path: Path) -> None:
     """A set of texts has another order in every process; here it is given another order."""
     model = adapted("llama")
@@ -381,6 +395,14 @@ def test_with_an_adapter_the_adapter_alone_is_kept_and_brings_the_model_back(arc
     fresh = adapted(architecture, seed=77)
     load_trainable_state(fresh, kept)
     assert torch.equal(said(fresh), trained)
+
+
+def test_what_stands_beside_a_frozen_trunk_is_kept_whether_it_is_trained_or_moved_otherwise() -> None:
+    """ILQL's target heads are no parameters, and lag behind those that are."""
+    model = ILQLModel(adapted("llama"), seed=0)
+    others = {name for name in trainable_state(model) if ".lora_" not in name}
+    assert {name.partition(".")[0] for name in others} == {"q_heads", "target_heads", "value_head"}
+    assert others == {name for name in model.state_dict() if not name.startswith("policy.")}
 
 
 def test_tensors_of_another_training_are_refused() -> None:

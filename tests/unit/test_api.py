@@ -32,7 +32,7 @@ def score(prompt: str, completion: str) -> float:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = train_tokenizer([text for pair in SAMPLES for text in pair], vocab_size=290)
     shape = ModelShape(hidden_size=16, layers=1, heads=2, max_positions=64)
-    ids = {"pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id}
+    ids: dict[str, Any] = {"pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id}
     built = build_model(shape, vocab_size=len(tokenizer), seed=0, **ids)
     return save_model(built, tokenizer, tmp_path_factory.mktemp("model") / "start")
 
@@ -95,6 +95,70 @@ def test_ppo_gives_the_bits_of_the_command(model: Path, tmp_path: Path, monkeypa
     assert bits(result.model) == bits(tmp_path / "cli" / "ppo" / "model") != bits(model)
 
 
+PAIRS = [(f"what comes after {n}?", f"{n + 1}", f"{n} and {n} again") for n in range(9)]
+PREFERENCE = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-3, "checkpoint_every": 2}
+
+
+@pytest.mark.parametrize("method", ["dpo", "orpo", "kto", "reward"])
+def test_pairs_give_the_bits_of_the_command(method: str, model: Path, tmp_path: Path) -> None:
+    data = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in PAIRS]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command(method, model, tmp_path / "cli", f"data.preferences={data}", *overrides(method, PREFERENCE))
+    arguments: dict[str, Any] = {"method": method, "seed": 5, method: PREFERENCE, "data": DATA, "quiet": True}
+    made = [
+        bits(accord.train(model, pairs=pairs, out=tmp_path / name, **arguments).model)
+        for name, pairs in (("tuples", PAIRS), ("dicts", rows))
+    ]
+    assert made[0] == made[1] == bits(tmp_path / "cli" / method / "model") != bits(model)
+
+
+def test_pairs_alone_mean_dpo(model: Path, tmp_path: Path) -> None:
+    result = accord.train(model, pairs=PAIRS, out=tmp_path, dpo=PREFERENCE, data=DATA, quiet=True)
+    assert result.folder == tmp_path / "dpo" and result.summary["stage"] == "dpo"
+
+
+def test_kto_learns_from_samples_with_labels(model: Path, tmp_path: Path) -> None:
+    samples = [
+        {"prompt": prompt, "completion": answer, "label": good}
+        for prompt, chosen, rejected in PAIRS
+        for answer, good in ((chosen, True), (rejected, False))
+    ]
+    arguments: dict[str, Any] = {"method": "kto", "kto": PREFERENCE, "data": DATA, "quiet": True}
+    one = accord.train(model, samples=samples, out=tmp_path / "labels", **arguments)
+    other = accord.train(model, pairs=PAIRS, out=tmp_path / "pairs", **arguments)
+    assert bits(one.model) == bits(other.model)
+
+
+def test_columns_of_a_row_that_nothing_reads_are_said(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": p, "chosen": c, "rejected": r, "annotator": "me"} for p, c, r in PAIRS]
+    accord.train(model, pairs=rows, out=tmp_path, dpo=PREFERENCE, data=DATA)
+    assert "pairs: columns not used: annotator" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["rloo", "grpo", "reinforce", "online_dpo"])
+def test_other_methods_give_the_bits_of_their_commands(
+    method: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / f"rewards_of_{method}.py").write_text(
+        "def score(prompt, completion):\n    return completion.count('e') - len(completion) / 10\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
+    function = f"{method}.reward_function=rewards_of_{method}:score"
+    verb = method.replace("_", "-")
+    command(verb, model, tmp_path / "cli", f"data.prompts={data}", function, *overrides(method, PPO))
+    arguments: dict[str, Any] = {"out": tmp_path / "api", "seed": 5, "data": DATA, "quiet": True, method: PPO}
+    result = accord.train(model, reward_fn=score, prompts=PROMPTS, method=method, **arguments)
+    assert result.model == tmp_path / "api" / method / "model"
+    assert bits(result.model) == bits(tmp_path / "cli" / method / "model") != bits(model)
+    assert result.summary["stage"] == method and result.summary["account"]
+    assert "Policy trained with" in (result.model / "README.md").read_text()
+
+
 def test_another_seed_gives_other_bits(model: Path, tmp_path: Path) -> None:
     found = [
         bits(
@@ -140,6 +204,12 @@ def test_a_reward_function_that_raises_stops_the_run_and_names_the_prompt(model:
         ({}, r"takes reward_fn= and prompts= \(PPO\), or samples= \(SFT\)"),
         ({"reward_fn": score, "samples": SAMPLES}, "takes reward_fn="),
         ({"samples": SAMPLES, "prompts": PROMPTS}, "takes reward_fn="),
+        ({"pairs": PAIRS, "samples": SAMPLES}, "takes reward_fn="),
+        ({"method": "dpo", "samples": SAMPLES}, r"\(method='dpo'\) takes pairs=; it was given samples="),
+        ({"method": "kto"}, r"\(method='kto'\) takes pairs= or samples=; it was given nothing"),
+        ({"method": "grpo", "reward_fn": score}, r"needs prompts="),
+        ({"method": "dp", "pairs": PAIRS}, r"method='dp' \(did you mean 'dpo'\?\) is none of ppo, "),
+        ({"pairs": PAIRS, "dpo": {"betta": 1}}, "did you mean `dpo.beta`"),
         ({"reward_fn": score}, r"needs prompts=\[\.\.\.\]"),
         ({"reward_fn": score, "prompts": []}, r"needs prompts=\[\.\.\.\]"),
         ({"samples": SAMPLES, "learning_rate": 1}, "did you mean `sft.learning_rate`"),
@@ -160,6 +230,14 @@ def test_arguments_that_do_not_go_together_are_refused(arguments: dict[str, Any]
         ({"samples": [("a", "b"), 7]}, r"samples\[1\] is 7: expected a text, a \(prompt, answer\) pair"),
         ({"samples": [[{"role": "user", "content": "a"}]]}, r"samples\[0\] .* with an assistant turn"),
         ({"samples": [[{"role": "user"}]]}, r"\[0\] is .*expected .*content"),
+        (
+            {"samples": [{"prompt": "a", "completion": ""}]},
+            r"samples\[0\]: completion: found empty text; expected text",
+        ),
+        ({"pairs": [PAIRS[0], ("a", "b")]}, r"pairs\[1\] is \('a', 'b'\): expected a \(prompt, chosen, rejected\)"),
+        ({"pairs": [PAIRS[0], ("a", "b", 3)]}, r"pairs\[1\]: rejected: found 3"),
+        ({"pairs": [{"good": "b"}]}, r"pairs\[0\]: no known format. The columns are: good"),
+        ({"pairs": [("a", "b", "b")]}, r"pairs\[0\]: rejected: found the same text as in chosen"),
         ({"reward_fn": score, "prompts": ["a", [{"text": "b"}]]}, r"prompts\[1\] is .*expected a text or a list"),
     ],
 )

@@ -112,7 +112,7 @@ def test_rewards_alone_or_beside_a_reward_function_are_refused(tmp_path: Path) -
     def score(prompt: str, completion: str) -> float:
         return 0.0
 
-    with pytest.raises(ConfigError, match="takes reward_fn="):
+    with pytest.raises(ConfigError, match="rewards= go with samples="):
         accord.train("no-model", rewards=RETURNS, out=tmp_path)
     with pytest.raises(ConfigError, match="rewards= go with samples="):
         accord.train("no-model", reward_fn=score, prompts=["a"], rewards=[1.0], out=tmp_path)

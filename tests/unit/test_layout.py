@@ -26,6 +26,13 @@ def test_a_shared_row_holds_the_prompt_once_and_every_completion() -> None:
     assert batch.longest == 5
 
 
+def test_a_shared_row_may_be_longer_than_the_model_has_positions() -> None:
+    """Padding takes no position that no completion has: models that learn their positions have no others."""
+    batch = collate([token_group("ab", "cde", "fg"), token_group("x", "y")], layout="shared", pad_id=PAD)
+    assert batch.input_ids.shape[1] == 7
+    assert batch.position_ids.max() == batch.longest - 1 == 4
+
+
 def test_a_plain_row_holds_the_prompt_and_one_completion() -> None:
     batch = collate([token_group("ab", "cde", "fg"), token_group("x", "y")], layout="plain", pad_id=PAD)
     assert batch.input_ids.tolist() == [[A, B, C, D, E], [A, B, F, G, PAD], [X, Y, PAD, PAD, PAD]]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from accord import __version__
-from accord.cli import benchmark, compare_methods, data, quickstart, stages
+from accord.cli import benchmark, compare_methods, data, methods, quickstart, stages
 from accord.errors import AccordError
 
 __all__ = ["main"]
@@ -19,6 +19,7 @@ EPILOG = """\
 first steps:
   accord quickstart                          the whole loop on a tiny model, in minutes
   accord data check feedback.jsonl           is my file usable, and as what?
+  accord methods                             which method needs, costs and suits what?
   accord run recipe.yaml --dry-run           what would happen, without doing it
   accord run recipe.yaml                     SFT, reward model, PPO, evaluation; run again to continue
   accord ppo recipe.yaml --set ppo.kl_coef=0.1
@@ -38,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     quickstart.add_parser(commands)
     data.add_parser(commands)
+    methods.add_parser(commands)
     stages.add_parsers(commands)
     compare_methods.add_parser(commands)
     benchmark.add_parser(commands)

@@ -91,7 +91,9 @@ class KTOConfig(OfflineFields):
     beta: float = Field(0.1, gt=0, description="How dearly distance from the reference is paid.")
     learning_rate: float = Field(5e-6, ge=0, description="Peak learning rate of AdamW.")
     warmup_fraction: float = Field(0.1, ge=0, le=1, description="Share of the steps during which the rate rises.")
-    batch_size: int = Field(32, ge=2, description="Answers per optimiser step; the reference point needs at least two.")
+    batch_size: int = Field(
+        32, ge=2, description="Answers per optimiser step; the more, the steadier KTO's reference point."
+    )
     init: str | None = Field(None, description="Start from this model folder. Unset: the SFT stage, else `model.path`.")
     desirable_weight: float | None = Field(
         None, gt=0, description="Weight of desirable answers. Unset: chosen from the data's balance, and said."

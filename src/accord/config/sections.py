@@ -95,7 +95,10 @@ class DataConfig(Section):
     """Where the text comes from. What a stage lacks is derived from what is there, and said aloud."""
 
     sft: Sources = Field((), description="Demonstrations for SFT. Unset: the chosen answers of `preferences`.")
-    preferences: Sources = Field((), description="Comparisons for the reward model: pairs, rankings or ratings.")
+    preferences: Sources = Field(
+        (),
+        description="Pairs, rankings or ratings: for the reward model, DPO, ORPO, KTO and ILQL.",
+    )
     prompts: Sources = Field(
         (), description="Prompts for PPO and evaluation. Unset: those of `preferences`, else `sft`."
     )

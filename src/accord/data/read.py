@@ -20,7 +20,7 @@ from accord.data.problems import Problem, UnusableRow, describe, plain
 from accord.errors import DataError
 from accord.records import Group
 
-__all__ = ["MAX_PROBLEMS", "ReadResult", "Scan", "read_groups", "scan"]
+__all__ = ["MAX_PROBLEMS", "ReadResult", "Scan", "left_out_notes", "read_groups", "read_row", "scan"]
 
 MAX_PROBLEMS = 100  # how many problems are kept; all are counted
 SHOWN_PROBLEMS = 10
@@ -72,6 +72,25 @@ def read_groups(
         scanned.notes(),
         fingerprint,
     )
+
+
+def read_row(value: object, where: str, left_out: Counter[str]) -> tuple[Group, ...]:
+    """The groups of one row that is in memory, in any of the formats of files; what is not used is counted.
+
+    Raises: DataError that begins with `where` when the row has no known format, or lacks something.
+    """
+    try:
+        row = _row(value, {}, left_out)
+        found = detect_format(row)
+        if found is None:
+            raise DataError(f"{where}: no known format. {_columns([value])} See docs/data-formats.md.")
+        groups = found.read(row)
+    except UnusableRow as error:
+        raise DataError(
+            f"{where}: {error.field}: found {error.found}; expected {error.expected}. {error.fix}"
+        ) from error
+    left_out.update(f"column {name}" for name in row.unused())
+    return groups
 
 
 def scan(path: str | Path, *, format: str | None = None, fields: Mapping[str, str] | None = None) -> Scan:
@@ -167,16 +186,8 @@ class Scan:
 
     def notes(self) -> tuple[str, ...]:
         """What the file held that is not used, and oddities of the file itself."""
-        columns = [plain(name.removeprefix("column ")) for name in self._left_out if name.startswith("column ")]
-        counted = [
-            f"{name.strip('()')}: {count} rows" if name.startswith("(") else f"{count} {name} not used"
-            for name, count in self._left_out.items()
-            if count and not name.startswith("column ")
-        ]
         files = [f"{part.path.name}: {note}" for part in self._containers for note in part.notes]
-        more = f" and {len(columns) - SHOWN_COLUMNS} more" if len(columns) > SHOWN_COLUMNS else ""
-        unused = [f"columns not used: {', '.join(columns[:SHOWN_COLUMNS])}{more}"] if columns else []
-        return (*self._notes, *files, *counted, *unused)
+        return (*self._notes, *files, *left_out_notes(self._left_out))
 
     def refusal(self) -> str:
         """The sentence (and the first problems) for an error."""
@@ -193,6 +204,18 @@ class Scan:
                 else "No row is usable. If the columns have other names, use --map field=path.",
             ]
         )
+
+
+def left_out_notes(left_out: Counter[str]) -> list[str]:
+    """What rows held that is not used, in words."""
+    columns = [plain(name.removeprefix("column ")) for name in left_out if name.startswith("column ")]
+    counted = [
+        f"{name.strip('()')}: {count} rows" if name.startswith("(") else f"{count} {name} not used"
+        for name, count in left_out.items()
+        if count and not name.startswith("column ")
+    ]
+    more = f" and {len(columns) - SHOWN_COLUMNS} more" if len(columns) > SHOWN_COLUMNS else ""
+    return [*counted, *([f"columns not used: {', '.join(columns[:SHOWN_COLUMNS])}{more}"] if columns else [])]
 
 
 # --- detection and mapping -------------------------------------------------------------------------------------------

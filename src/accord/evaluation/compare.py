@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from accord.data.templates import Template
 from accord.losses.kl import kl_k1
 from accord.measures.statistics import cluster_interval, paired_difference, sign_flip_p_value, win_rate
 from accord.measures.text import distinct_n, num_words, repetition, rouge
+from accord.methods.candidates import Drawing, draw, penalised
 from accord.models.ilql import ShapedPolicy
 from accord.models.layout import CompletionBatch, collate
 from accord.models.token_scores import score_tokens
@@ -22,16 +23,39 @@ from accord.rewards.scorers import Scorer, values_of
 from accord.rollout.native import NativeSampler, PromptTokens
 from accord.rollout.sampling import Sampling
 
-__all__ = ["Answers", "Comparison", "Contestant", "answers_of", "compare", "describe", "kl_to", "reference_perplexity"]
+__all__ = [
+    "Answers",
+    "BestOf",
+    "Comparison",
+    "Contestant",
+    "answers_of",
+    "compare",
+    "describe",
+    "kl_to",
+    "reference_perplexity",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class BestOf:
+    """How one of several answers is chosen: `n` are sampled at `temperature`, and the one that `scorer` puts highest,
+    less the penalty for those cut by length, is given."""
+
+    n: int
+    scorer: Scorer
+    temperature: float
+    missing_eos_penalty: float
 
 
 @dataclass(frozen=True, slots=True)
 class Contestant:
-    """A model under evaluation, by the name it is shown with."""
+    """A model under evaluation, by the name it is shown with. With `best_of` it answers with the best of n samples:
+    then it has no log-probabilities of its own, and `model` is the policy it samples from."""
 
     name: str
     model: Any
     template: Template
+    best_of: BestOf | None = None
 
     @property
     def pad_id(self) -> int:
@@ -82,13 +106,12 @@ def answers_of(
     judges: dict[str, Scorer],
     key: tuple[int | str, ...],
 ) -> Answers:
-    """Sample one completion for each prompt and have every judge score it, without knowing who wrote it.
+    """Sample one completion for each prompt, or choose it, and have every judge score it, without knowing who wrote it.
 
-    The key does not hold the contestant's name: equal models give equal answers.
+    The key does not hold the contestant's name: equal models give equal answers, and the first that best-of-n chooses
+    from is its policy's own.
     """
-    sampler = NativeSampler(contestant.model, pad_id=contestant.pad_id)
-    wanted = [PromptTokens(tokens.prompt_ids, tokens.prompt_id) for _, tokens in prompts]
-    sampled = tuple(samples[0] for samples in sampler.generate(wanted, 1, sampling, key))
+    sampled = _sampled(contestant, prompts, sampling, key)
     requests = tuple(
         ScoreRequest(group.prompt, contestant.template.decode(s.ids), s.finish_reason == "stop", tokens.prompt_id)
         for (group, tokens), s in zip(prompts, sampled, strict=True)
@@ -99,6 +122,23 @@ def answers_of(
     )
     scores = {name: tuple(values_of(judge, requests)) for name, judge in judges.items()}
     return Answers(contestant.name, tokens, sampled, requests, scores)
+
+
+def _sampled(
+    contestant: Contestant,
+    prompts: Sequence[tuple[Group, TokenGroup]],
+    sampling: Sampling,
+    key: tuple[int | str, ...],
+) -> tuple[SampledCompletion, ...]:
+    """The answer to each prompt."""
+    sampler, chooser = NativeSampler(contestant.model, pad_id=contestant.pad_id), contestant.best_of
+    if chooser is None:
+        wanted = [PromptTokens(tokens.prompt_ids, tokens.prompt_id) for _, tokens in prompts]
+        return tuple(samples[0] for samples in sampler.generate(wanted, 1, sampling, key))
+    drawing = Drawing(sampler, contestant.template, chooser.scorer, None)
+    drawn = draw(drawing, prompts, chooser.n, replace(sampling, temperature=chooser.temperature), key)
+    best = penalised(drawn.scores, drawn.finished, chooser.missing_eos_penalty).argmax(axis=1).tolist()
+    return tuple(row[k] for row, k in zip(drawn.sampled, best, strict=True))
 
 
 def compare(answers: Answers, base: Answers, judge: str, tie_margin: float) -> Comparison:

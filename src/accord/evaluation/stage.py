@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from accord.config import EvaluateConfig
 from accord.errors import ConfigError
 from accord.evaluation.compare import (
     Answers,
+    BestOf,
     Comparison,
     Contestant,
     answers_of,
@@ -22,6 +22,7 @@ from accord.evaluation.compare import (
     kl_to,
     reference_perplexity,
 )
+from accord.measures.selection import best_of_n_kl_bound
 from accord.measures.statistics import cluster_interval
 from accord.methods.catalogue import POLICY_STAGES
 from accord.methods.context import (
@@ -35,7 +36,7 @@ from accord.methods.context import (
     weights_hash,
 )
 from accord.methods.corpus import Part, split_holdout
-from accord.methods.roles import function_scorer, model_scorer
+from accord.methods.roles import Judges, function_scorer, judges_of, model_scorer, starting_model
 from accord.models.ilql import ShapedPolicy, has_heads, load_heads
 from accord.models.load import load_reward_model
 from accord.records import Group, Interval, TokenGroup
@@ -47,16 +48,7 @@ from accord.training.runfolder import RunFolder
 __all__ = ["run_evaluate"]
 
 SIDE_BY_SIDE = 12
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """Everything resolved before the first completion is sampled."""
-
-    models: dict[str, Path | str]
-    pairs: tuple[tuple[str, str], ...]
-    reference: str | None
-    judges: dict[str, str]
+BEST_OF_N = "bestofn"
 
 
 def run_evaluate(context: Context) -> dict[str, Any]:
@@ -65,6 +57,8 @@ def run_evaluate(context: Context) -> dict[str, Any]:
     assert section is not None
     models = _models(context, section)
     pairs = _pairs(section, tuple(models))
+    best_of_n = context.recipe.bestofn if BEST_OF_N in models else None
+    chooser = None if best_of_n is None else judges_of(context, BEST_OF_N, best_of_n)
     gold = function_scorer(context, "evaluate.gold_function", section.gold_function)
     reward_folder = section.reward_model or stage_model(context, "reward")
     if gold is None and reward_folder is None:
@@ -87,7 +81,10 @@ def run_evaluate(context: Context) -> dict[str, Any]:
         if reward_folder is not None:
             model, tokenizer = load_reward_model(reward_folder)
             judges["reward model"] = model_scorer(context, model, tokenizer, section.micro_batch_tokens, reward_folder)
-        contestants = {name: _contestant(context, name, folder) for name, folder in models.items()}
+        contestants = {
+            name: _contestant(context, name, folder, chooser if name == BEST_OF_N else None)
+            for name, folder in models.items()
+        }
         return _evaluate(context, section, run, list(groups)[: section.prompts], contestants, pairs, judges)
 
     sources = part.sources | context.corpus.sft.sources | context.corpus.preferences.sources
@@ -97,6 +94,9 @@ def run_evaluate(context: Context) -> dict[str, Any]:
         sources[f"weights of {name}"] = "".join(weights_hash(folder).values())
     data = context.recipe.data.model_dump(mode="json", include={"holdout", "max_tokens", "max_prompt_tokens"})
     settings = {"evaluate": section.model_dump(mode="json"), "data": data}
+    if chooser is not None and best_of_n is not None:
+        sources |= {f"{what} of {BEST_OF_N}": content for what, content in chooser.sources.items()}
+        settings[BEST_OF_N] = best_of_n.model_dump(mode="json")
     return run_stage(context, "evaluate", settings=settings, sources=sources, body=body)
 
 
@@ -105,11 +105,17 @@ def _models(context: Context, section: EvaluateConfig) -> dict[str, Path | str]:
     if not section.models:
         found: dict[str, Path | str | None] = {"base": base_folder(context)}
         found |= {stage: stage_model(context, stage) for stage in POLICY_STAGES}
+        if context.recipe.bestofn is not None:
+            found[BEST_OF_N] = starting_model(context, context.recipe.bestofn.init)
         return {name: folder for name, folder in found.items() if folder is not None}
     models: dict[str, Path | str] = {}
     for name in section.models:
         if name == "base":
             models[name] = base_folder(context)
+        elif name == BEST_OF_N:
+            if context.recipe.bestofn is None:
+                raise ConfigError(f"`evaluate.models` names {name!r}, which is no stage of this recipe")
+            models[name] = starting_model(context, context.recipe.bestofn.init)
         elif name in POLICY_STAGES:
             folder = stage_model(context, name)
             if folder is None:
@@ -131,11 +137,16 @@ def _pairs(section: EvaluateConfig, names: tuple[str, ...]) -> tuple[tuple[str, 
     return tuple((names[i], names[i - 1]) for i in range(1, len(names)))
 
 
-def _contestant(context: Context, name: str, folder: Path | str) -> Contestant:
-    """A model that has Q heads answers as they shape it."""
+def _contestant(context: Context, name: str, folder: Path | str, chooser: Judges | None) -> Contestant:
+    """A model that has Q heads answers as they shape it; one with a chooser, with the best of several answers."""
     policy = LoadedPolicy.from_folder(folder, context.recipe.model.template)
     model = ShapedPolicy(*load_heads(policy.model, folder)) if has_heads(folder) else policy.model
-    return Contestant(name, model, policy.template)
+    section = context.recipe.bestofn
+    if chooser is None or section is None:
+        return Contestant(name, model, policy.template)
+    scorer, _ = chooser.scorer(context, section.micro_batch_tokens)
+    best_of = BestOf(section.n, scorer, section.temperature, section.missing_eos_penalty)
+    return Contestant(name, model, policy.template, best_of)
 
 
 def _evaluate(
@@ -195,13 +206,21 @@ def _add_distances(
     pairs: tuple[tuple[str, str], ...],
     facts: dict[str, dict[str, Interval | float]],
 ) -> None:
-    """KL of each model to the reference, where both write the same vocabulary. Greedy answers have no k1 estimate."""
+    """KL of each model to the reference, where both write the same vocabulary. Greedy answers have no k1 estimate.
+
+    Best-of-n has no log-probabilities: it has a bound, to the policy it samples from, and as a reference that policy
+    stands for it.
+    """
+    for name, contestant in contestants.items():
+        if contestant.best_of is not None:
+            facts[name]["eval/kl_bound_nats"] = best_of_n_kl_bound(contestant.best_of.n)
     if section.temperature == 0:
         return
     for name, base in pairs:
         reference = contestants[section.reference or base]
         model = contestants[name]
-        if reference.name != name and reference.template.tokenizer.get_vocab() == model.template.tokenizer.get_vocab():
+        same = model.best_of is not None or reference.name == name
+        if not same and reference.template.tokenizer.get_vocab() == model.template.tokenizer.get_vocab():
             facts[name]["eval/kl_per_sequence_nats"] = kl_to(
                 reference, model, answers[name], temperature=section.temperature, budget=section.micro_batch_tokens
             )
@@ -222,6 +241,8 @@ def _add_perplexity(
     if not texts:
         return
     for name, contestant in contestants.items():
+        if contestant.best_of is not None:
+            continue  # the perplexity would be its policy's
         tokens = [t for _, t in tokenised(context, texts, contestant.template, "held-out texts")]
         nll, count = reference_perplexity(contestant, tokens, section.micro_batch_tokens)
         facts[name]["eval/perplexity"] = math.exp(min(700.0, nll / max(1.0, count)))
@@ -244,14 +265,20 @@ def _print(
     context.console.print(table)
     table = Table("model", *(f"mean {judge}" for judge in judges), "KL (k1) to its base", "tokens", "finished")
     for name, answer in answers.items():
-        kl = facts[name].get("eval/kl_per_sequence_nats")
         table.add_row(
             name,
             *(f"{sum(answer.scores[j]) / len(answer.scores[j]):+.3f}" for j in judges),
-            f"{kl.value:.2f}" if isinstance(kl, Interval) else "",
+            _distance(facts[name]),
             *(_value(facts[name][key]) for key in ("eval/completion_tokens/mean", "eval/finished_fraction")),
         )
     context.console.print(table)
+
+
+def _distance(facts: dict[str, Interval | float]) -> str:
+    if "eval/kl_bound_nats" in facts:
+        return f"at most {_value(facts['eval/kl_bound_nats'])}, to its own policy"
+    kl = facts.get("eval/kl_per_sequence_nats")
+    return f"{kl.value:.2f}" if isinstance(kl, Interval) else ""
 
 
 def _value(fact: Interval | float) -> str:
@@ -287,9 +314,9 @@ def _summary(
     warnings = []
     if "gold" not in judges:
         warnings.append(
-            "The judge is a reward model. If a model was trained against it, its win rate shows what was optimised, "
-            "not "
-            "that people would agree: have people, or a model trained on other comparisons, judge as well."
+            "The judge is a reward model. If a model was trained against it, or chooses its answers by it, its win "
+            "rate shows what was optimised, not that people would agree: have people, or a model trained on other "
+            "comparisons, judge as well."
         )
     return {
         "headline": rows,

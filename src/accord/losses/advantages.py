@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from accord.losses.masked import counted, full_precision, require_same_shape
+from accord.losses.masked import counted, require_same_shape
 
 __all__ = ["Advantages", "gae", "token_rewards"]
 
@@ -42,7 +42,7 @@ def token_rewards(scores: Tensor, kl_penalty: Tensor, mask: Tensor) -> Tensor:
     penalty = counted(kl_penalty, mask)
     require_same_shape(scores=scores, completions=mask[:, 0])
     tokens_left = mask.flip(1).cumsum(1).flip(1)  # counted tokens from here on: 1 at the last one
-    return counted(full_precision(scores)[:, None].expand_as(penalty), mask & (tokens_left == 1)) - penalty
+    return counted(scores[:, None].expand_as(penalty), mask & (tokens_left == 1)) - penalty
 
 
 @torch.no_grad()

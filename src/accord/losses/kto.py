@@ -161,7 +161,7 @@ def _distance(rewards: Tensor, desirable: Tensor, point: Tensor) -> Tensor:
     """(C,) how far each reward (C,) lies on its label's side of the point (): above it where desirable, else below."""
     require_same_shape(completions=rewards, desirable=desirable)
     require_same_shape(point=point, scalar=rewards.new_zeros(()))
-    above = rewards - full_precision(point.detach())
+    above = rewards - point.detach()
     return torch.where(desirable, above, -above)
 
 
@@ -169,7 +169,7 @@ def _record(
     losses: Tensor, rewards: Tensor, distance: Tensor, desirable: Tensor, num_completions: Count | None
 ) -> UnpairedLoss:
     """The record of completions with these losses, implicit rewards and distances, (C,) each."""
-    rewards, distance = rewards.detach(), distance.detach()
+    rewards = rewards.detach()
     return UnpairedLoss(
         loss=masked_mean(losses, torch.ones_like(desirable), num_completions),
         loss_sum=losses.detach().sum(),

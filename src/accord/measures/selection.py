@@ -76,7 +76,7 @@ def select_best(scores: ArrayLike, outputs: Sequence[Sequence[Hashable]], quanti
     kept = passed.copy()
     for row, texts in zip(kept, outputs, strict=True):
         seen: set[Hashable] = set()
-        for index in np.flatnonzero(row):
+        for index in np.flatnonzero(row).tolist():
             row[index] = texts[index] not in seen
             seen.add(texts[index])
     return Selection(passed, kept)

@@ -26,7 +26,7 @@ class Part:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, groups: Sequence[Group], name: str) -> Part:
+    def of(cls, groups: Sequence[Group], name: str, notes: Sequence[str] = ()) -> Part:
         """Groups that are in memory already; their content stands for a file's."""
         blob = [
             [
@@ -36,7 +36,7 @@ class Part:
             ]
             for g in groups
         ]
-        return cls(tuple(groups), {name: f"{content_id(blob):016x}"})
+        return cls(tuple(groups), {name: f"{content_id(blob):016x}"}, tuple(f"{name}: {note}" for note in notes))
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,7 @@ def run_kto(context: Context) -> dict[str, Any]:
     def body(run: RunFolder) -> dict[str, Any]:
         for note in part.notes:
             context.say(note)
-        policy = LoadedPolicy.from_folder(start, context.recipe.model.template)
+        policy = LoadedPolicy.to_train(context, start, "kto")
         train, held_out = split_holdout(part.groups, context.recipe.data.holdout)
         items = _items(context, train, policy, "answers")
         tests = _items(context, held_out, policy, "held-out answers")

@@ -40,7 +40,7 @@ from accord.methods.preference import (
     ranked_answers,
 )
 from accord.methods.roles import starting_model
-from accord.records import Group
+from accord.records import Group, Message
 from accord.training.loop import run_training
 from accord.training.runfolder import RunFolder
 
@@ -133,6 +133,7 @@ def _agreed(plan: _Plan, part: Part) -> list[str]:
             f"{len(soft):,} comparisons have soft labels{where}, and the {plan.loss} loss takes every label as "
             "certain: use `accord dpo` with another `dpo.loss`, or take the soft labels out of the data"
         )
+    notes = _contradictions(part.groups)
     margins = sum(
         pair_margin(group, first, second) is not None
         for group in part.groups
@@ -141,8 +142,19 @@ def _agreed(plan: _Plan, part: Part) -> list[str]:
     if margins and not plan.use_margins:
         can = plan.stage == "dpo" and plan.loss not in MARGIN_FREE
         why = "`dpo.use_margins` is off" if can else f"the {plan.loss} loss has no place for them"
-        return [f"the margins of {margins:,} pairs are not used: {why}"]
-    return []
+        notes.append(f"the margins of {margins:,} pairs are not used: {why}")
+    return notes
+
+
+def _contradictions(groups: Sequence[Group]) -> list[str]:
+    """A note on pairs that the data has in both orders, from annotators who disagreed."""
+    ordered: set[tuple[int, tuple[Message, ...], tuple[Message, ...]]] = set()
+    for group in groups:
+        if group.kind == "pairs" and group.completions[0].rank != group.completions[1].rank:
+            chosen, rejected = sorted(group.completions, key=lambda answer: answer.rank or 0)
+            ordered.add((group.prompt_id, chosen.messages, rejected.messages))
+    both = sum((prompt, rejected, chosen) in ordered for prompt, chosen, rejected in ordered) // 2
+    return [f"{both:,} pairs are there in both orders: each teaches against the other"] if both else []
 
 
 def _items(

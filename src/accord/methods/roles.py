@@ -22,6 +22,7 @@ from accord.methods.context import (
 from accord.methods.corpus import split_holdout
 from accord.methods.rollouts import Prompt, RolloutModels
 from accord.models.adapters import has_adapter
+from accord.models.layout import Layout
 from accord.models.load import load_reward_model
 from accord.records import TokenCompletion, TokenGroup
 from accord.rewards.scorers import FunctionScorer, ModelScorer, Scorer, load_function
@@ -34,6 +35,7 @@ __all__ = [
     "judges_of",
     "model_scorer",
     "rollout_models",
+    "sampling_layout",
     "starting_model",
     "step_prompts",
 ]
@@ -133,8 +135,6 @@ def rollout_models(
     """The cast of a rollout; the reference is a frozen copy of the policy as it is now, or the policy itself without
     its adapter."""
     reference = policy.model if has_adapter(policy.model) else copy.deepcopy(policy.model).requires_grad_(False)
-    n = section.samples_per_prompt
-    shapes = [TokenGroup(t.prompt_ids, (_filler(t, section.max_new_tokens),) * n) for t in prompts[:64]]
     return RolloutModels(
         policy=policy.model,
         reference=reference,
@@ -142,8 +142,16 @@ def rollout_models(
         template=policy.template,
         scorer=scorer,
         gold=gold,
-        layout=choose_layout(context, policy.model, shapes, policy.pad_id),
+        layout=sampling_layout(context, policy, prompts, section.max_new_tokens, section.samples_per_prompt),
     )
+
+
+def sampling_layout(
+    context: Context, policy: LoadedPolicy, prompts: list[TokenGroup], max_new_tokens: int, completions: int
+) -> Layout:
+    """The layout to learn from sampled completions in, so many of a prompt at a time, after the start-up self-check."""
+    shapes = [TokenGroup(t.prompt_ids, (_filler(t, max_new_tokens),) * completions) for t in prompts[:64]]
+    return choose_layout(context, policy.model, shapes, policy.pad_id)
 
 
 def _filler(prompt: TokenGroup, length: int) -> TokenCompletion:

@@ -20,6 +20,11 @@ def check_model_path(path: str | Path) -> None:
                 f"{path}: no such folder; expected a Hugging Face model folder, or a hub name such as owner/name"
             )
         return
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{path}: this folder holds an adapter, which is no model by itself; name the folder `model` that Accord "
+            "left beside it, or merge the adapter into its model and save that"
+        )
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{path}: no config.json in this folder; expected a Hugging Face model folder")
     if not any(folder.glob("*.safetensors")):

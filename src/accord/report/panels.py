@@ -26,12 +26,18 @@ __all__ = [
 # Chart title -> the metrics drawn together. In reading order, most telling first; a stage shows what it logged.
 PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Score from the reward model", ("rollout/score/mean", "eval/score/mean")),
+    ("Score of what is kept", ("rollout/kept_score/mean",)),
+    ("What is kept", ("rollout/kept_fraction", "rollout/kept_distinct_fraction")),
     ("Gold utility", ("rollout/gold_utility/mean", "eval/gold_utility/mean")),
     ("Distance from the reference", ("rollout/kl_per_sequence_nats", "eval/kl_per_sequence_nats")),
     ("Length", ("rollout/completion_tokens/mean", "eval/completion_tokens/mean")),
     ("Loss", ("train/loss", "eval/loss")),
     ("Accuracy on comparisons", ("train/accuracy", "eval/accuracy")),
     ("Margin between the answers", ("train/margin/mean", "eval/margin/mean")),
+    ("Implicit rewards of the answers", ("train/chosen_reward/mean", "train/rejected_reward/mean")),
+    ("Log-probability of the answers", ("train/chosen_logprob/mean", "train/rejected_logprob/mean")),
+    ("Implicit rewards of the answers", ("train/desirable_reward/mean", "train/undesirable_reward/mean")),
+    ("Log-probability of the answers", ("train/desirable_logprob/mean", "train/undesirable_logprob/mean")),
     ("How samples end", ("rollout/finished_fraction", "rollout/truncated_fraction")),
     ("Variety", ("rollout/distinct_2", "rollout/repetition")),
     ("Entropy", ("train/entropy_nats", "rollout/entropy_nats")),
@@ -43,7 +49,7 @@ PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Where the time goes", ("time/generate_seconds", "time/score_seconds", "time/update_seconds")),
 )
 
-OVERVIEW_PANELS = PANELS[1:4]
+OVERVIEW_PANELS = PANELS[1:6]
 
 _BETTER = {"up": " Higher is better.", "down": " Lower is better.", "neutral": ""}
 _MOST_POINTS = 160  # per line; more cannot be told apart at this width and make the file large

@@ -60,6 +60,32 @@ STAGES: dict[str, tuple[str, str]] = {
         "The model writes answers, the reward model scores them, and the model moves towards what scores well, "
         "paying for every step away from where it started.",
     ),
+    "rft": (
+        "Rejection sampling",
+        "The model writes many answers to each prompt, and learns to imitate those of its own that score best.",
+    ),
+    "rloo": (
+        "RLOO",
+        "The model writes several answers to each prompt; those that score better than the others become likelier, "
+        "the others less likely.",
+    ),
+    "grpo": (
+        "GRPO",
+        "The model writes a group of answers to each prompt; those above the group's mean become likelier, those below "
+        "it less likely.",
+    ),
+    "reinforce": (
+        "REINFORCE",
+        "The model writes answers; those that score above the average of all become likelier, the others less likely.",
+    ),
+    "online_dpo": (
+        "Online DPO",
+        "The model writes several answers to each prompt, and learns to prefer the best of them to the worst.",
+    ),
+    "bestofn": (
+        "Best-of-n",
+        "The model writes many answers to each prompt, and the one that scores best is kept. Nothing is trained.",
+    ),
     "evaluate": ("Evaluation", "The models answer held-out prompts, and a blind judge compares their answers."),
 }
 _FIRST_SAMPLES, _LAST_SAMPLES = 4, 8
