@@ -32,11 +32,11 @@ from accord.records import Group, Interval
 from accord.training.loop import run_training
 from accord.training.runfolder import RunFolder
 
-__all__ = ["run_ilql"]
+__all__ = ["HeldOut", "measured", "run_ilql"]
 
 
 @dataclass(frozen=True, slots=True)
-class _HeldOut:
+class HeldOut:
     """Held-out answers: the step's metrics of them, and, one an answer, Q of the last token beside the return."""
 
     metrics: dict[str, float]
@@ -48,9 +48,9 @@ class _HeldOut:
         return pearson(self.last_q, self.returns)
 
 
-def _measured(
+def measured(
     model: ILQLModel, items: Sequence[RatedAnswers], objective: ILQLObjective, layout: Layout, pad_id: int, budget: int
-) -> _HeldOut:
+) -> HeldOut:
     """What the model says of answers it does not learn from."""
     sums: Sums = {}
     last_q: list[float] = []
@@ -66,7 +66,7 @@ def _measured(
         last_q += scores.target_q.amin(dim=0).gather(1, last[:, None])[:, 0].tolist()
         returns += [value for item in items_of_pass for value in item.returns]
     found = {name.replace("train/", "eval/"): value for name, value in objective.metrics(sums).items()}
-    return _HeldOut({name: value for name, value in found.items() if "loss" in name}, tuple(last_q), tuple(returns))
+    return HeldOut({name: value for name, value in found.items() if "loss" in name}, tuple(last_q), tuple(returns))
 
 
 def run_ilql(context: Context) -> dict[str, Any]:
@@ -91,8 +91,8 @@ def run_ilql(context: Context) -> dict[str, Any]:
         model = ILQLModel(policy.model, seed=torch_seed(context.seed, "ilql-heads"))
         objective = ILQLObjective(section)
 
-        def held_out_now() -> _HeldOut:
-            return _measured(model, tests, objective, layout, policy.pad_id, section.micro_batch_tokens)
+        def held_out_now() -> HeldOut:
+            return measured(model, tests, objective, layout, policy.pad_id, section.micro_batch_tokens)
 
         def measure() -> dict[str, float]:
             if not tests:
@@ -143,7 +143,7 @@ def _num_answers(items: Sequence[RatedAnswers]) -> int:
 
 
 def _summary(
-    section: ILQLConfig, items: Sequence[RatedAnswers], scale: ReturnScale, steps: int, held_out: _HeldOut | None
+    section: ILQLConfig, items: Sequence[RatedAnswers], scale: ReturnScale, steps: int, held_out: HeldOut | None
 ) -> dict[str, Any]:
     scaled = ", scaled to mean 0 and variance 1" if section.standardise else ""
     account = [
