@@ -123,8 +123,8 @@ def _places(groups: Sequence[TokenGroup], layout: Layout) -> list[_Place]:
 def _row_arrays(places: list[_Place], pad_id: int) -> dict[str, np.ndarray]:
     shape = places[-1].row + 1, max(place.end for place in places)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
-    # Padding counts on, for a position that restarts would look like the start of a packed sequence, but no further than
-    # any completion goes: a shared row may be longer than the model has positions.
+    # Padding counts on, for a position that restarts would look like the start of a packed sequence, but no further
+    # than any completion goes: a shared row may be longer than the model has positions.
     last = max(len(place.prompt_ids) + len(place.completion.ids) for place in places) - 1
     position_ids = np.tile(np.minimum(np.arange(shape[1]), last), (shape[0], 1))
     segment = np.full(shape, _PADDING, dtype=np.int64)
