@@ -140,7 +140,7 @@ def _rows(root: Path, methods: Sequence[str], evaluation: Mapping[str, Any]) -> 
                 "win_rate": {key: win[key] for key in ("value", "low", "high", "n")} if win else None,
                 "gold": _numbers(own["eval/gold_utility/mean"]),
                 "kl": _numbers(own["eval/kl_per_sequence_nats"]) if "eval/kl_per_sequence_nats" in own else None,
-                "kl_bound": own["kl bound"]["value"] if "kl bound" in own else None,
+                "kl_bound": own["eval/kl_bound_nats"]["value"] if "eval/kl_bound_nats" in own else None,
                 "seconds": sum(cost["seconds"] for cost in costs),
                 "peak_memory_mb": max(cost["peak_memory_mb"] for cost in costs),
             }
