@@ -66,6 +66,7 @@ def _randomwalks(args: argparse.Namespace) -> int:
     e = result.evaluation
     if args.json:
         facts = {key: value for key, value in asdict(e).items() if key != "prompts"}
+        facts |= {"by_beta": result.by_beta} if result.by_beta else {}
         print(json.dumps({"method": result.method, "kl_coef": result.kl_coef, **facts, "seconds": result.seconds}))
         return 0
     console = screen()
@@ -76,4 +77,6 @@ def _randomwalks(args: argparse.Namespace) -> int:
         f"{result.seconds:.0f} seconds of training; {result.folder}",
         highlight=False,
     )
+    for beta, optimality, ideal in result.by_beta:
+        console.print(f"beta {beta:g}: optimality {optimality:.4f}  (exact ILQL {ideal:.4f})", highlight=False)
     return 0

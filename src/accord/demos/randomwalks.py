@@ -19,6 +19,7 @@ from accord.config import Recipe, recipe_from
 from accord.config.load import merged, overrides_tree
 from accord.data.templates import Template
 from accord.demos.walk_preferences import with_preferences
+from accord.demos.walk_ratings import BETAS, ILQL_SETTINGS, shaped_evaluation, with_ratings
 from accord.evaluation.exact_walks import WalksEvaluation, best_of_n_evaluation, exact_evaluation
 from accord.methods.context import Context, headline, run_stage
 from accord.methods.corpus import Corpus, Part
@@ -31,7 +32,7 @@ from accord.training.runfolder import RunFolder
 
 __all__ = ["METHODS", "WalksResult", "run_randomwalks"]
 
-METHODS = ("sft", "dpo", "orpo", "kto", "ppo", "rloo", "grpo", "reinforce", "online_dpo", "rft", "bestofn")
+METHODS = ("sft", "dpo", "orpo", "kto", "ilql", "ppo", "rloo", "grpo", "reinforce", "online_dpo", "rft", "bestofn")
 # Learn from preferences over the behaviour clone's walks.
 FROM_PAIRS = ("dpo", "orpo", "kto")
 PAD, EOS = "<pad>", "<eos>"
@@ -64,6 +65,7 @@ SETTINGS: dict[str, Any] = {
     "dpo": {**PAIRS, "beta": 0.3},
     "orpo": {**PAIRS, "odds_ratio_coef": 1.0},
     "kto": {**PAIRS, "beta": 0.1},
+    "ilql": ILQL_SETTINGS,
     "ppo": {
         **ROLLOUTS,
         "value_init": "policy",
@@ -93,13 +95,18 @@ SETTINGS: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class WalksResult:
-    """What `accord benchmark randomwalks` prints. `seconds` is the time of the training stages."""
+    """What `accord benchmark randomwalks` prints.
+
+    seconds  time of the training stages
+    by_beta  ILQL alone: (beta it was sampled with, optimality, that of exact ILQL on the random walk)
+    """
 
     method: str
     kl_coef: float
     evaluation: WalksEvaluation
     seconds: float
     folder: Path
+    by_beta: tuple[tuple[float, float, float], ...] = ()
 
 
 def run_randomwalks(
@@ -132,8 +139,12 @@ def run_randomwalks(
     seconds = start["seconds"] + STAGES["sft"](context)["seconds"]
     if method in FROM_PAIRS:
         context = with_preferences(context, walks)
+    if method == "ilql":
+        context = with_ratings(context, walks.rated_groups(), base)
     if method != "sft":
         seconds += STAGES[method](context)["seconds"]
+    if method == "ilql":
+        return _ilql_result(context, walks, seconds)
     kl_coef = _kl_coef(recipe, method)
     return WalksResult(method, kl_coef, _exact(context, walks, method, kl_coef), seconds, context.root)
 
@@ -184,6 +195,25 @@ def walks_tokenizer() -> Any:
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=PAD, eos_token=EOS)
+
+
+def _ilql_result(context: Context, walks: RandomWalks, seconds: float) -> WalksResult:
+    """ILQL has a policy for each beta: the evaluation is that of its own, beside the optimality of several."""
+    section = context.recipe.ilql
+    assert section is not None
+    reference, _ = load_policy(context.root / "sft" / "model")
+    exact = {
+        beta: shaped_evaluation(
+            context.root / "ilql" / "model", reference, walks,
+            beta=beta, num_samples=EXACT_SAMPLES, key=("exact-walks", context.seed),
+        )
+        for beta in sorted({*BETAS, section.beta})
+    }  # fmt: skip
+    by_beta = tuple(
+        (beta, found.optimality, walks.shaped_optimality(tau=section.tau, gamma=section.gamma, beta=beta))
+        for beta, found in exact.items()
+    )
+    return WalksResult("ilql", 0.0, exact[section.beta], seconds, context.root, by_beta)
 
 
 def _exact(context: Context, walks: RandomWalks, method: str, kl_coef: float) -> WalksEvaluation:

@@ -142,9 +142,51 @@ class RandomWalks:
             Group((Message("user", walk[0]),), (Completion((Message("assistant", walk[1:]),)),)) for walk in self.walks
         )
 
+    def rated_groups(self) -> tuple[Group, ...]:
+        """The walks as answers with returns: the same prompts and completions, each with its optimality as score."""
+        return tuple(
+            Group(g.prompt, (Completion(g.completions[0].messages, score=self.optimality(walk)),))
+            for g, walk in zip(self.sft_groups(), self.walks, strict=True)
+        )
+
     def random_walk(self) -> np.ndarray:
         """(N, N) transition probabilities of the policy that takes every edge out of a node equally often."""
         return self.adjacency / self.adjacency.sum(axis=1, keepdims=True)
+
+    def shaped_optimality(self, *, tau: float, gamma: float, beta: float) -> float:
+        """Expected optimality, averaged over the prompts, of exact ILQL on the random walk: what training aims at.
+
+            Q(s, a) = gamma * V(s');   V(s) = the tau-expectile of Q(s, .) under the random walk;
+            policy(a | s) proportional to random walk(a | s) * exp(beta * Q(s, a))
+
+        A state is the start, the last letter and how many nodes were visited. A walk ends at the goal or with its tenth
+        node; V there is its return, the optimality standardised over the walks, which stands at the end token.
+        beta = 0 is the random walk. Towards infinity it is the greedy policy, not always optimal for small tau.
+        """
+        scores = np.array([self.optimality(walk) for walk in self.walks])
+        total = 0.0
+        for prompt, letter in enumerate(self.prompts):
+            ends = (self.optimalities[prompt] - scores.mean()) / scores.std()
+            lost = -scores.mean() / scores.std()
+            values = np.full(len(ALPHABET), lost)  # of the states with MAX_NODES nodes, from which nothing follows
+            expected = np.zeros(len(ALPHABET))  # optimality still to come under the shaped policy
+            for nodes in range(MAX_NODES, 1, -1):
+                values[0], expected[0] = ends[nodes], self.optimalities[prompt, nodes]
+                values, expected = self._shaped_step(gamma * values, expected, tau, beta)
+            total += expected[ALPHABET.index(letter)]
+        return float(total / len(self.prompts))
+
+    def _shaped_step(
+        self, q: np.ndarray, expected: np.ndarray, tau: float, beta: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Values and expected optimality one step earlier, (N,) each, from those after each next letter."""
+        values, optimality = np.zeros_like(q), np.zeros_like(q)
+        for node in range(1, len(ALPHABET)):
+            following = np.flatnonzero(self.adjacency[node])
+            weights = np.exp(beta * (q[following] - q[following].max()))
+            values[node] = _expectile(q[following], tau)
+            optimality[node] = (weights * expected[following]).sum() / weights.sum()
+        return values, optimality
 
     def goal_probabilities(self, transitions: np.ndarray) -> np.ndarray:
         """(S, L): the probability that a policy first reaches the goal with l nodes, having taken edges only.
@@ -175,6 +217,17 @@ class RandomWalks:
         """For each prompt, the optimum against a reference with these `goal_probabilities` (S, L)."""
         outcomes = zip(*self.outcomes(goal_probabilities), strict=True)
         return tuple(regularised_optimum(p, o, kl_coef) for p, o in outcomes)
+
+
+def _expectile(values: np.ndarray, tau: float) -> float:
+    """The v with tau * sum of (x - v) above it = (1 - tau) * sum of (v - x) below it, over equally likely values."""
+    ordered = np.sort(values)
+    for above in range(1, len(ordered) + 1):
+        weights = np.where(np.arange(len(ordered)) >= len(ordered) - above, tau, 1 - tau)
+        v = float((weights * ordered).sum() / weights.sum())
+        if above == len(ordered) or v >= ordered[len(ordered) - above - 1]:
+            return v
+    return float(ordered[0])
 
 
 def _draw_adjacency(draw: np.random.RandomState) -> tuple[np.ndarray, int]:
