@@ -86,7 +86,7 @@ def shown_default(value: object) -> str:
 
 def tabled_settings(page: Path) -> dict[str, str]:
     """key -> value of the rows "| `section.key` | `value` | ..." of a page's tables."""
-    return dict(re.findall(r"^\| `([a-z]+\.[a-z_0-9]+)` \| `([^`]*)` \|", prose(page), re.MULTILINE))
+    return dict(re.findall(r"^\| `([a-z_]+\.[a-z_0-9]+)` \| `([^`]*)` \|", prose(page), re.MULTILINE))
 
 
 def setting(tree: Mapping[str, Any], key: str) -> str:

@@ -1,4 +1,4 @@
-"""The randomwalks benchmark from nothing: behaviour cloning, then PPO, graded against the exact optimum.
+"""The randomwalks benchmark from nothing: behaviour cloning, then any method, graded against the exact optimum.
 
 The policy writes walks on a small random graph, one letter a node; a walk scores by how short it reaches the goal. The
 graph is small enough to enumerate, so the expected score, the KL divergence and the best objective any policy could
