@@ -28,12 +28,12 @@ from accord.measures.text import distinct_n, repetition
 from accord.methods.bestofn_account import Judged, bestofn_summary
 from accord.methods.candidates import Drawing, draw, penalised
 from accord.methods.context import Context, LoadedPolicy, data_note, run_stage, weights_hash
-from accord.methods.offline import peak_memory_mb
 from accord.methods.roles import judges_of, starting_model, step_prompts
 from accord.methods.rollouts import Prompt
 from accord.records import Completion, Group, Message
 from accord.rollout.native import NativeSampler
 from accord.rollout.sampling import Sampling
+from accord.training.environment import peak_memory_mb
 from accord.training.loop import Captured, StepOutcome, run_training
 from accord.training.runfolder import RunFolder
 

@@ -30,7 +30,7 @@ from accord.losses.sft import sft_loss
 from accord.measures.selection import Selection, improvement_quantile, select_best
 from accord.measures.text import distinct_n, repetition
 from accord.methods.candidates import Candidates, Drawing, draw, penalised
-from accord.methods.offline import group_passes, peak_memory_mb
+from accord.methods.offline import group_passes
 from accord.methods.rollouts import Prompt
 from accord.models.adapters import load_trainable_state, trainable_state
 from accord.models.layout import Layout, collate
@@ -38,6 +38,7 @@ from accord.models.token_scores import score_tokens
 from accord.randomness import permutation
 from accord.records import TokenCompletion, TokenGroup
 from accord.rollout.sampling import Sampling
+from accord.training.environment import peak_memory_mb
 from accord.training.loop import Captured, StepOutcome
 from accord.training.optim import Optimiser, learning_rate_at
 
