@@ -218,23 +218,21 @@ MODULE = "(module)"
 
 @dataclass(frozen=True)
 class Mutant:
-    """`parent`.`field`, or `parent`.`field`[`index`], becomes `replacement` in the syntax tree of a module."""
+    """`parent`.`field`, or `parent`.`field`[`index`], becomes `replacement` in the syntax tree of a module.
 
+    `key` names it in the list of equivalent ones: file, function, line, change. It has no line number, so that it
+    lasts; of equal ones the second ends with (2).
+    """
+
+    key: str
     path: Path
     tree: ast.Module
     line: int
     function: str
-    change: str
     parent: ast.AST
     field: str
     index: int | None
     replacement: ast.AST
-
-    @property
-    def key(self) -> str:
-        """What names the mutant in the list of equivalent ones: it has no line number, so that it lasts."""
-        source = self.path.read_text(encoding="utf-8").splitlines()[self.line - 1]
-        return f"{self.path.name} | {self.function} | {source.strip()} | {self.change}"
 
     def compiled(self) -> CodeType:
         """The changed module. The tree is changed for good: each mutant lives in a process of its own."""
@@ -247,8 +245,10 @@ class Mutant:
 
 def mutants_of(path: Path) -> list[Mutant]:
     """All mutants of one file, in the order of its lines; types, docstrings and error messages are left alone."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    source = path.read_text(encoding="utf-8")
+    lines, tree = source.splitlines(), ast.parse(source)
     found: list[Mutant] = []
+    times: Counter[str] = Counter()
 
     def visit(parent: ast.AST, function: str, names: frozenset[str]) -> None:
         for field, value in ast.iter_fields(parent):
@@ -262,9 +262,11 @@ def mutants_of(path: Path) -> list[Mutant]:
                     inside = (node.name if parent is tree else function, names | _names_in(node))
                 for new in _replacements(node, names):
                     if _shown(new) != _shown(node):
-                        change = f"{_shown(node)} -> {_shown(new)}"
                         line = getattr(node, "lineno", 0)
-                        found.append(Mutant(path, tree, line, inside[0], change, parent, field, index, new))
+                        key = f"{path.name} | {inside[0]} | {lines[line - 1].strip()} | {_shown(node)} -> {_shown(new)}"
+                        times[key] += 1
+                        key += f" ({times[key]})" if times[key] > 1 else ""
+                        found.append(Mutant(key, path, tree, line, inside[0], parent, field, index, new))
                 if not _is_check(node):
                     visit(node, *inside)
 

@@ -117,10 +117,11 @@ def test_centring_depends_on_the_mean_of_a_group_only() -> None:
 
 
 def test_extreme_scores_stay_finite() -> None:
-    """-log s(-1e4) = 1e4 exactly in floating point; log(sigmoid()) would underflow to inf."""
-    scores = torch.tensor([-5e3], requires_grad=True)
-    result = pairwise_loss(scores, torch.tensor([5e3]))
+    """-log s(-1e4) = 1e4 exactly in floating point, and -log s(1e4) = 0; log(sigmoid()) would underflow to -inf, on the
+    side of the other label too, where 0 * inf is NaN."""
+    scores = torch.tensor([-5e3, 5e3], requires_grad=True)
+    result = pairwise_loss(scores, torch.tensor([5e3, -5e3]), num_groups=1)
     result.loss.backward()
     assert scores.grad is not None
     assert result.loss.item() == 1e4
-    assert scores.grad.item() == -1.0
+    assert scores.grad.tolist() == [-1.0, 0.0]

@@ -419,14 +419,14 @@ def test_groups_may_be_split_into_micro_batches_in_any_order(seed: int) -> None:
 
 
 def test_low_precision_scores_are_compared_in_float32() -> None:
-    """ln(1 + 1/e) = .313262; the nearest bfloat16 is .3125. A label of 2^-8 leaves 1 - 2^-8 for the other side, which
+    """ln(1 + 1/e) = .313262; the nearest bfloat16 is .3125. A label of 2^-9 leaves 1 - 2^-9 for the other side, which
     bfloat16 rounds to 1. Scores 3 and 2.015625 (twice) have (2 * 7.03125 / 3)^2 as their centring penalty."""
     three, two = torch.tensor([3.0], dtype=torch.bfloat16), torch.tensor([2.0], dtype=torch.bfloat16)
     result = pairwise_loss(three, two)
     assert result.loss.dtype == torch.float32
     assert result.loss.item() == pytest.approx(math.log1p(math.exp(-1)), rel=1e-6)
-    soft = pairwise_loss(three, two, soft_labels=torch.tensor([2.0**-8], dtype=torch.bfloat16))
-    assert soft.loss.item() == pytest.approx(math.log1p(math.exp(-1)) + 1 - 2.0**-8, rel=1e-6)
+    soft = pairwise_loss(three, two, soft_labels=torch.tensor([2.0**-9], dtype=torch.bfloat16))
+    assert soft.loss.item() == pytest.approx(math.log1p(math.exp(-1)) + 1 - 2.0**-9, rel=1e-6)
     scores = torch.tensor([3.0, 2.015625, 2.015625], dtype=torch.bfloat16)
     assert centring_penalty(scores, torch.zeros(3).long()).item() == pytest.approx((2 * 7.03125 / 3) ** 2, rel=1e-6)
 

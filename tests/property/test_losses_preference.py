@@ -346,7 +346,7 @@ def test_a_hopeless_pair_keeps_its_gradient() -> None:
 def test_low_precision_inputs_are_computed_in_float32(loss: AnyLoss) -> None:
     """The numbers are exact in bfloat16; their sums and differences are not, nor is 1 - p."""
     p = rows(Pairs(0), slice(0, 3))
-    p.soft_labels, p.margins = torch.tensor([0.00390625, 0.75, 1.0]), torch.tensor([0.00390625, 0.5, -0.25])
+    p.soft_labels, p.margins = torch.tensor([2.0**-9, 0.75, 1.0]), torch.tensor([2.0**-9, 0.5, -0.25])
     numbers = [-2.015625, -3.03125, -0.0078125]
     exact = tuple(torch.tensor(numbers[i % 3 :] + numbers[: i % 3]) for i in range(4))
     expected, _ = evaluate(loss, exact, p)

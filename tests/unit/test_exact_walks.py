@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from accord.evaluation.exact_walks import WalksEvaluation, exact_evaluation
+from accord.evaluation.exact_walks import WalksEvaluation, best_of_n_evaluation, exact_evaluation
+from accord.measures.selection import best_of_n_kl_bound
 from accord.rollout.native import NativeSampler, PromptTokens
 from accord.rollout.sampling import Sampling
 from accord.tasks.randomwalks import ALPHABET, RandomWalks
@@ -208,6 +209,59 @@ def test_every_number_agrees_with_enumerating_all_sequences() -> None:
     for name in ("optimality", "kl", "objective", "optimum", "off_path_mass", "off_path_kl", "reference_optimality"):
         assert getattr(found, name) == pytest.approx(np.mean([getattr(p, name) for p in found.prompts]), abs=1e-12)
     assert found.objective == pytest.approx(found.optimality - 0.2 * found.kl, abs=1e-12)
+
+
+def _best_of(model: object, walks: RandomWalks, n: int, kl_coef: float = 0.1, **options: int) -> WalksEvaluation:
+    return best_of_n_evaluation(
+        model, walks, n, prefix_ids=(BOS,), letter_ids=LETTER_IDS, eos_id=EOS, kl_coef=kl_coef, **options
+    )  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("seed", "n", "expected"),
+    [
+        (1000, 1, 0.34623), (1000, 4, 0.7527), (1000, 16, 0.9671), (1000, 32, 0.9904), (1000, 64, 0.9974),
+        (1000, 100, 0.9992), (1000, 128, 0.9997), (1002, 4, 0.9509), (1002, 16, 0.9958), (1002, 32, 0.9996),
+    ],
+)  # fmt: skip
+def test_the_best_of_n_random_walks_has_its_exact_score_within_the_bound_and_the_frontier(
+    seed: int, n: int, expected: float
+) -> None:
+    """The distance is at most ln n - (n - 1)/n, and no trade of optimality for KL beats the optimum at any price."""
+    walks = {1000: W1000, 1002: W1002}[seed]
+    model = _markov(_random_walk(walks))
+    found = _best_of(model, walks, n)
+    assert found.optimality == pytest.approx(expected, abs=5e-5)
+    assert found.reference_optimality == pytest.approx(_evaluate(model, model, walks).optimality, abs=1e-12)
+    for prompt in found.prompts:
+        assert -1e-12 <= prompt.kl <= best_of_n_kl_bound(n) + 1e-9
+    for kl_coef in (0.02, 0.1, 0.3, 1.0):
+        for prompt in _best_of(model, walks, n, kl_coef).prompts:
+            assert prompt.objective == pytest.approx(prompt.optimality - kl_coef * prompt.kl, abs=1e-12)
+            assert prompt.objective <= prompt.optimum + 1e-9
+
+
+def test_the_best_of_n_agrees_with_enumerating_all_sequences() -> None:
+    """Each sequence's probability of being the best of 5, by the definition: all are at most as good, less all are
+    worse, shared among equals as the policy shares it. KL = sum of p log(p / q) over whole sequences."""
+    model = _gpt2(1).eval()
+    found = {prompt.prompt: prompt for prompt in _best_of(model, W1000, 5, max_new_tokens=3).prompts}
+    for letter in "djn":
+        levels = _sequences(model, letter, 3)
+        whole = [(level == 3) | (tokens[:, -1] == EOS) for level, (tokens, _) in enumerate(levels)]
+        q = torch.cat([logprob[end] for (_, logprob), end in zip(levels, whole, strict=True)]).exp()
+        rows = [row for (ids, _), end in zip(levels, whole, strict=True) for row in ids[end, 1:].tolist()]
+        scores = torch.tensor([W1000.optimality(_text(row)) for row in rows], dtype=torch.float64)
+        legal = torch.tensor([_stays_legal(W1000, row) for row in rows])
+        p = torch.zeros_like(q)
+        for score in scores.unique():
+            worse, equal = q[scores < score].sum(), scores == score
+            p[equal] = q[equal] / q[equal].sum() * ((worse + q[equal].sum()) ** 5 - worse**5)
+        assert p.sum().item() == pytest.approx(1, abs=1e-6)
+        assert found[letter].optimality == pytest.approx((p * scores).sum().item(), abs=1e-6)
+        assert found[letter].kl == pytest.approx((p * (p / q).log()).sum().item(), abs=1e-6)
+        assert found[letter].off_path_mass == pytest.approx(p[~legal].sum().item(), abs=1e-6)
+        assert found[letter].optimality > 2 * found[letter].reference_optimality > 0
 
 
 def test_the_kl_of_an_echo_has_its_closed_form() -> None:

@@ -28,7 +28,12 @@ def add_parser(commands: Any) -> None:
         "  accord benchmark randomwalks --method ppo --set ppo.kl_coef=0.1 --json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    walks.add_argument("--method", choices=POLICY_STAGES, default="ppo", help="what to train after sft (default: ppo)")
+    walks.add_argument(
+        "--method",
+        choices=(*POLICY_STAGES, "bestofn"),
+        default="ppo",
+        help="what to do after sft: train by a method, or choose the best of n walks (default: ppo)",
+    )
     walks.add_argument(
         "--seed", type=int, default=0, help="seed of the training; the graph stays the same (default: 0)"
     )

@@ -20,7 +20,7 @@ from accord.config.load import merged, overrides_tree
 from accord.data.templates import Template
 from accord.demos.walk_preferences import with_preferences
 from accord.demos.walk_ratings import BETAS, ILQL_SETTINGS, shaped_evaluation, with_ratings
-from accord.evaluation.exact_walks import WalksEvaluation, exact_evaluation
+from accord.evaluation.exact_walks import WalksEvaluation, best_of_n_evaluation, exact_evaluation
 from accord.methods.context import Context, headline, run_stage
 from accord.methods.corpus import Corpus, Part
 from accord.models.load import ModelShape, build_model, load_policy, save_model
@@ -32,7 +32,7 @@ from accord.training.runfolder import RunFolder
 
 __all__ = ["METHODS", "WalksResult", "run_randomwalks"]
 
-METHODS = ("sft", "dpo", "orpo", "kto", "ilql", "ppo", "rloo", "grpo", "reinforce", "online_dpo")
+METHODS = ("sft", "dpo", "orpo", "kto", "ilql", "ppo", "rloo", "grpo", "reinforce", "online_dpo", "rft", "bestofn")
 # Learn from preferences over the behaviour clone's walks.
 FROM_PAIRS = ("dpo", "orpo", "kto")
 PAD, EOS = "<pad>", "<eos>"
@@ -77,6 +77,19 @@ SETTINGS: dict[str, Any] = {
     "grpo": {**ROLLOUTS, "kl_coef": 0.0},
     "reinforce": {**ROLLOUTS, "kl_coef": 0.0},
     "online_dpo": {**ROLLOUTS},
+    # As in the original benchmark: 100 samples a letter, and after each selection new ones.
+    "rft": {
+        "cycles": 6,
+        "improve_steps": 1,
+        "samples_per_prompt": 100,
+        "start_quantile": 0.9,
+        "epochs": 5,
+        "batch_size": 50,
+        "learning_rate": 3e-4,
+        "max_new_tokens": 9,
+        "missing_eos_penalty": 0.0,
+    },
+    "bestofn": {"n": 16, "max_new_tokens": 9, "missing_eos_penalty": 0.0},
 }
 
 
@@ -205,14 +218,19 @@ def _ilql_result(context: Context, walks: RandomWalks, seconds: float) -> WalksR
 
 def _exact(context: Context, walks: RandomWalks, method: str, kl_coef: float) -> WalksEvaluation:
     reference, tokenizer = load_policy(context.root / "sft" / "model")
+    tokens: dict[str, Any] = {
+        "letter_ids": [tokenizer.convert_tokens_to_ids(letter) for letter in ALPHABET],
+        "eos_id": tokenizer.eos_token_id,
+    }
+    if context.recipe.bestofn is not None:
+        return best_of_n_evaluation(reference, walks, context.recipe.bestofn.n, kl_coef=kl_coef, **tokens)
     policy = reference if method == "sft" else load_policy(context.root / method / "model")[0]
     return exact_evaluation(
         policy,
         reference,
         walks,
-        letter_ids=[tokenizer.convert_tokens_to_ids(letter) for letter in ALPHABET],
-        eos_id=tokenizer.eos_token_id,
         kl_coef=kl_coef,
         num_samples=EXACT_SAMPLES,
         key=("exact-walks", context.seed),
+        **tokens,
     )

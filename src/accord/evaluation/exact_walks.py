@@ -15,15 +15,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from accord.randomness import generator
 from accord.rollout.sampling import Sampling, choose
-from accord.tasks.randomwalks import ALPHABET, MAX_NODES, RandomWalks
+from accord.tasks.randomwalks import ALPHABET, MAX_NODES, RandomWalks, best_of_n_weights
 
-__all__ = ["WalksEvaluation", "WalksPromptEvaluation", "exact_evaluation"]
+__all__ = ["WalksEvaluation", "WalksPromptEvaluation", "best_of_n_evaluation", "exact_evaluation"]
 
 _ONE_TOKEN = Sampling(1)
 
@@ -65,6 +66,48 @@ class WalksEvaluation:
     off_path_kl_error: float
     reference_optimality: float
     prompts: tuple[WalksPromptEvaluation, ...]
+
+
+@torch.inference_mode()
+def best_of_n_evaluation(
+    policy: PreTrainedModel,
+    walks: RandomWalks,
+    n: int,
+    *,
+    prefix_ids: Sequence[int] = (),
+    letter_ids: Sequence[int],
+    eos_id: int,
+    max_new_tokens: int = MAX_NODES - 1,
+    kl_coef: float,
+) -> WalksEvaluation:
+    """Evaluate the best of `n` samples of `policy`, chosen by optimality, against one sample of it. All of it exact.
+
+    The best of n is the policy with each sequence's probability multiplied by a weight that depends on its optimality
+    alone (`best_of_n_weights`), so its KL needs nothing but the distribution of optimality. Arguments otherwise as in
+    `exact_evaluation`.
+    """
+    _check(letter_ids, eos_id, max_new_tokens, kl_coef, num_samples=2)
+    space = _space(policy.device, walks, prefix_ids, letter_ids, eos_id, max_new_tokens)
+    with _evaluation_mode(policy):
+        tree = _join([_walk_tree(policy, policy, space, start) for start in range(len(walks.prompts))])
+    goal = tree.policy_goal.cpu().numpy()
+    probabilities, optimalities = walks.outcomes(goal)
+    weights = np.array([best_of_n_weights(p, o, n) for p, o in zip(probabilities, optimalities, strict=True)])
+    best = probabilities * weights
+    optimality = (best * optimalities).sum(axis=1)
+    kl = (best * np.log(np.where(weights > 0, weights, 1.0))).sum(axis=1)
+    beyond = tree.beyond_goal.cpu().numpy()
+    before = tree.off_path_mass.cpu().numpy() - beyond.sum(axis=1)
+    columns = {
+        "optimality": optimality,
+        "kl": kl,
+        "objective": optimality - kl_coef * kl,
+        "optimum": np.array([optimum.objective for optimum in walks.optima(goal, kl_coef)]),
+        "off_path_mass": before * weights[:, -1] + (beyond * weights[:, :-1]).sum(axis=1),
+        "off_path_kl": np.zeros(len(kl)),
+        "reference_optimality": (goal * walks.optimalities).sum(axis=1),
+    }
+    return _evaluation(walks, {name: column.tolist() for name, column in columns.items()}, off_path_kl_error=0.0)
 
 
 @torch.inference_mode()
@@ -116,9 +159,14 @@ def exact_evaluation(
         "off_path_kl": off_path_kl,
         "reference_optimality": (tree.reference_goal * optimalities).sum(dim=1),
     }
-    rows = zip(walks.prompts, *(column.tolist() for column in columns.values()), strict=True)
+    return _evaluation(walks, {name: column.tolist() for name, column in columns.items()}, off_path_kl_error)
+
+
+def _evaluation(walks: RandomWalks, columns: dict[str, list[float]], off_path_kl_error: float) -> WalksEvaluation:
+    """The record of these columns, each with a value for every prompt."""
+    rows = zip(walks.prompts, *columns.values(), strict=True)
     return WalksEvaluation(
-        **{name: column.mean().item() for name, column in columns.items()},
+        **{name: math.fsum(column) / len(column) for name, column in columns.items()},
         off_path_kl_error=off_path_kl_error,
         prompts=tuple(
             WalksPromptEvaluation(prompt, **dict(zip(columns, values, strict=True))) for prompt, *values in rows
@@ -219,9 +267,11 @@ class _Exit:
 
 @dataclass(frozen=True, slots=True)
 class _Tree:
-    """What is exact. Goal probabilities are (S, path lengths in nodes), as in `RandomWalks.goal_probabilities`."""
+    """What is exact. Goal probabilities are (S, path lengths in nodes), as in `RandomWalks.goal_probabilities`;
+    `beyond_goal`, of the same shape, is the part of them that does not end at the goal."""
 
     policy_goal: Tensor
+    beyond_goal: Tensor
     reference_goal: Tensor
     kl: Tensor  # (S,) over all prefixes in the tree
     off_path_mass: Tensor  # (S,)
@@ -236,7 +286,7 @@ def _walk_tree(policy: PreTrainedModel, reference: PreTrainedModel, space: _Spac
     prefix_logprob = torch.zeros(1, dtype=torch.float64, device=node.device)
     prefix_ref_logprob = prefix_logprob
     goal = prefix_logprob.new_zeros(1, MAX_NODES + 1)
-    reference_goal = torch.zeros_like(goal)
+    reference_goal, beyond_goal = torch.zeros_like(goal), torch.zeros_like(goal)
     kl, off_path_mass = torch.zeros_like(prefix_logprob), torch.zeros_like(prefix_logprob)
     exits = []
     for step in range(space.max_new_tokens):
@@ -247,6 +297,7 @@ def _walk_tree(policy: PreTrainedModel, reference: PreTrainedModel, space: _Spac
         legal[:, space.eos_id] = True
         mass = (prefix_logprob[:, None] + logprobs).exp().masked_fill(legal, 0.0)
         off_path_mass += mass.sum()
+        beyond_goal[:, step + 1] = mass[node == 0].sum()
         exits.append(_Exit(tokens, torch.full_like(node, start), mass))
 
         rows, node = space.edges[node].nonzero(as_tuple=True)
@@ -259,7 +310,7 @@ def _walk_tree(policy: PreTrainedModel, reference: PreTrainedModel, space: _Spac
         reference_goal[:, step + 2] = prefix_ref_logprob[node == 0].exp().sum()
         if not len(rows):
             break
-    return _Tree(goal, reference_goal, kl, off_path_mass, tuple(exits))
+    return _Tree(goal, beyond_goal, reference_goal, kl, off_path_mass, tuple(exits))
 
 
 def _join(trees: Sequence[_Tree]) -> _Tree:
@@ -267,6 +318,7 @@ def _join(trees: Sequence[_Tree]) -> _Tree:
     positions = [[exit for exit in exits if exit] for exits in zip_longest(*(tree.exits for tree in trees))]
     return _Tree(
         torch.cat([tree.policy_goal for tree in trees]),
+        torch.cat([tree.beyond_goal for tree in trees]),
         torch.cat([tree.reference_goal for tree in trees]),
         torch.cat([tree.kl for tree in trees]),
         torch.cat([tree.off_path_mass for tree in trees]),

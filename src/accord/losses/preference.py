@@ -256,8 +256,8 @@ def rdpo_loss(
     ratios = _log_ratios(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
     chosen, rejected = (beta * ratio for ratio in ratios)
     require_same_shape(pairs=chosen, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
-    difference = chosen - rejected + length_coef * (chosen_lengths - rejected_lengths).to(chosen.dtype)
-    losses = _expected_loss(_log_loss, difference, soft_labels, margins)
+    longer = (chosen_lengths - rejected_lengths).to(chosen.dtype)
+    losses = _expected_loss(_log_loss, chosen - rejected + length_coef * longer, soft_labels, margins)
     return _record(losses, chosen, rejected, num_pairs)
 
 

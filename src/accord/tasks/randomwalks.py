@@ -15,7 +15,15 @@ import numpy as np
 
 from accord.records import Completion, Group, Message
 
-__all__ = ["ALPHABET", "GOAL", "MAX_NODES", "RandomWalks", "RegularisedOptimum", "regularised_optimum"]
+__all__ = [
+    "ALPHABET",
+    "GOAL",
+    "MAX_NODES",
+    "RandomWalks",
+    "RegularisedOptimum",
+    "best_of_n_weights",
+    "regularised_optimum",
+]
 
 ALPHABET = "abcdefghijklmnopqrstu"
 GOAL = "a"
@@ -54,6 +62,23 @@ def regularised_optimum(probabilities: np.ndarray, optimalities: np.ndarray, kl_
     log_z = best / kl_coef + np.log(weights.sum())
     optimality = (weights * o).sum() / weights.sum()
     return RegularisedOptimum(float(optimality), float(optimality / kl_coef - log_z), float(kl_coef * log_z))
+
+
+def best_of_n_weights(probabilities: np.ndarray, optimalities: np.ndarray, n: int) -> np.ndarray:
+    """How much likelier each outcome is for the best of n samples, chosen by optimality, than for one: exact.
+
+        P(best has optimality o) = F(o)^n - F(o-)^n,  F the distribution of optimality;  weight = that / P(o)
+
+    Outcomes of equal optimality share a weight, because ties are broken at random. So the best of n has
+    optimality sum p w o and KL(best of n || one sample) = sum p w log w, whatever else tells the samples apart.
+
+    Shapes: probabilities (X,), at least 0, summing to 1; optimalities (X,); returns (X,), 0 where the probability is.
+    """
+    weights = np.zeros(len(probabilities))
+    for o in np.unique(optimalities[probabilities > 0]):
+        below, level = (probabilities[where].sum() for where in (optimalities < o, optimalities == o))
+        weights[optimalities == o] = ((below + level) ** n - below**n) / level
+    return np.where(probabilities > 0, weights, 0.0)
 
 
 class RandomWalks:
@@ -182,12 +207,16 @@ class RandomWalks:
         """The expected optimality, averaged over the prompts, of a policy with these `goal_probabilities` (S, L)."""
         return float((goal_probabilities * self.optimalities).sum(axis=1).mean())
 
-    def optima(self, goal_probabilities: np.ndarray, kl_coef: float) -> tuple[RegularisedOptimum, ...]:
-        """For each prompt, the optimum against a reference with these `goal_probabilities` (S, L)."""
+    def outcomes(self, goal_probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(S, L + 1) each: the probabilities and optimalities of reaching the goal with l nodes, and, last, of not."""
         missed = 1.0 - goal_probabilities.sum(axis=1, keepdims=True)
         probabilities = np.concatenate([goal_probabilities, missed], axis=1)
-        optimalities = np.concatenate([self.optimalities, np.zeros_like(missed)], axis=1)
-        return tuple(regularised_optimum(p, o, kl_coef) for p, o in zip(probabilities, optimalities, strict=True))
+        return probabilities, np.concatenate([self.optimalities, np.zeros_like(missed)], axis=1)
+
+    def optima(self, goal_probabilities: np.ndarray, kl_coef: float) -> tuple[RegularisedOptimum, ...]:
+        """For each prompt, the optimum against a reference with these `goal_probabilities` (S, L)."""
+        outcomes = zip(*self.outcomes(goal_probabilities), strict=True)
+        return tuple(regularised_optimum(p, o, kl_coef) for p, o in outcomes)
 
 
 def _expectile(values: np.ndarray, tau: float) -> float:
