@@ -55,6 +55,22 @@ STAGES: dict[str, tuple[str, str]] = {
         "The fine-tuned model answers each question twice; people, here simulated, say which answer is better.",
     ),
     "reward": ("Reward model", "A second model learns to score answers from comparisons that annotators made."),
+    "dpo": (
+        "DPO",
+        "The model learns from pairs which answer people prefer, directly, paying for every step away from where it "
+        "started.",
+    ),
+    "orpo": ("ORPO", "The model imitates the preferred answers and learns to tell them from the others, in one stage."),
+    "kto": (
+        "KTO",
+        "The model learns from single answers, each marked good or bad, paying for every step away from where it "
+        "started.",
+    ),
+    "ilql": (
+        "ILQL",
+        "The model learns from answers with returns what each next token is worth, and leans towards the better ones "
+        "when it writes.",
+    ),
     "ppo": (
         "PPO",
         "The model writes answers, the reward model scores them, and the model moves towards what scores well, "
