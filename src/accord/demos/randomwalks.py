@@ -1,4 +1,4 @@
-"""The randomwalks benchmark from nothing: behaviour cloning, then PPO, graded against the exact optimum.
+"""The randomwalks benchmark from nothing: behaviour cloning, then an online method, graded against the exact optimum.
 
 The policy writes walks on a small random graph, one letter a node; a walk scores by how short it reaches the goal. The
 graph is small enough to enumerate, so the expected score, the KL divergence and the best objective any policy could
@@ -64,10 +64,10 @@ SETTINGS: dict[str, Any] = {
         "update_epochs": 4,
         "minibatches": 2,
     },
-    "rloo": {**ROLLOUTS, "kl_coef": 0.0},
-    "grpo": {**ROLLOUTS, "kl_coef": 0.0},
-    "reinforce": {**ROLLOUTS, "kl_coef": 0.0},
-    "online_dpo": {**ROLLOUTS},
+    "rloo": {**ROLLOUTS, "episodes": 9_600, "kl_coef": 0.0},
+    "grpo": {**ROLLOUTS, "episodes": 9_600, "kl_coef": 0.0},
+    "reinforce": {**ROLLOUTS, "episodes": 9_600, "kl_coef": 0.0},
+    "online_dpo": {**ROLLOUTS, "episodes": 9_600},
 }
 
 
