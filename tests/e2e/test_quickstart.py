@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from accord.demos.quickstart import run_quickstart
+from accord.methods.context import weights_hash
 from accord.tasks.assistant import prompts
 
 
@@ -39,16 +40,18 @@ def test_the_ratio_is_one_before_the_first_update(finished: Path) -> None:
 
 
 def test_a_constant_reward_does_not_win(finished: Path, tmp_path: Path) -> None:
-    """The same SFT model, prompts and steps. The value model starts at 0, which is what a reward of 0 is worth, so no
-    advantage ever differs from 0: whatever moved the policy would be a signal that leaked in beside the reward."""
+    """The same SFT model, prompts and steps. All of the reward is constant, the penalty for answers without an end too,
+    for that is a reward as well. The value model starts at 0, which is what a reward of 0 is worth, so no advantage
+    ever differs from 0: whatever moved the policy would be a signal that leaked in."""
     folder = tmp_path / "constant"
     shutil.copytree(finished / "sft", folder / "sft")
     summary = run_quickstart(
-        folder, seed=0, console=Console(quiet=True), reward_function=lambda prompt, completion: 0.0
-    )
+        folder, seed=0, console=Console(quiet=True), overrides=["ppo.missing_eos_penalty=0"],
+        reward_function=lambda prompt, completion: 0.0,
+    )  # fmt: skip
     row = summary["win_rates"]["ppo_over_sft"]
     assert row["low"] <= 0.5 <= row["high"]
-    sft, ppo = ((folder / stage / "model" / "model.safetensors").read_bytes() for stage in ("sft", "ppo"))
+    sft, ppo = (weights_hash(folder / stage / "model") for stage in ("sft", "ppo"))
     assert sft == ppo
 
 
