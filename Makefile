@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TOOLS := $(VENV)/.tools
 
-.PHONY: install quickstart test mutants check format docs clean
+.PHONY: install quickstart test differential mutants check format docs clean
 
 install: $(INSTALLED)
 
@@ -27,6 +27,11 @@ quickstart: $(INSTALLED)
 test: $(TOOLS)
 	$(BIN)/ruff check src tests scripts
 	$(BIN)/python -m pytest -n logical --dist loadfile
+
+# The losses against TRL's, on the same inputs; `make test` runs these too once TRL is there.
+differential: $(TOOLS)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m pytest tests/differential
 
 mutants: $(TOOLS)
 	$(BIN)/python scripts/mutants.py

@@ -9,16 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-__all__ = ["RECIPE", "Zygote", "outcome", "write_pairs", "write_recipe"]
+__all__ = ["RECIPE", "Zygote", "outcome", "survives_kills", "write_pairs", "write_recipe"]
 
 RECIPE: dict[str, Any] = {
     "seed": 3,
@@ -124,6 +126,35 @@ class Zygote:
         self._process.stdin.flush()
         code, output, seconds = json.loads(self._process.stdout.readline())
         return code, output, seconds
+
+
+def survives_kills(
+    name: str,
+    kills: int,
+    *,
+    seconds: float,
+    start: Callable[[int], Path],
+    run: Callable[[Path, float | None], tuple[int, str, float]],
+    left: Callable[[Path], Any],
+    expected: Any,
+) -> None:
+    """Kill a command at least `kills` times at random moments, and see that what is `left` in the end is `expected`.
+
+    Each folder `start` makes is killed up to twice, then runs to its end. First kills lie in equal parts of the whole
+    duration `seconds`, one a folder; second ones anywhere in what is left of it.
+    """
+    draw = random.Random(f"kills of {name}")
+    done = folders = 0
+    while done < kills:
+        root = start(folders)
+        first = seconds * (folders % 4 + draw.random()) / 4
+        for moment in (first, (seconds - first) * draw.random(), None):
+            code, output, _ = run(root, moment)
+            assert code == (-signal.SIGKILL if code else 0), output
+            done += code != 0
+        assert left(root) == expected
+        folders += 1
+        assert folders <= 3 * kills, "the commands end before they are killed"
 
 
 def _child(arguments: list[str], log: Path) -> None:

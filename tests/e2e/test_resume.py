@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import Zygote, outcome, write_recipe
+from support import Zygote, outcome, survives_kills, write_recipe
 
 STAGES = ("sft", "reward", "ppo", "rloo")
 KILLS = 8
@@ -70,71 +70,38 @@ def test_the_stages_of_the_reference_run_trained_something(reference: Reference)
 def test_a_stage_killed_at_any_moment_continues_to_the_same_bits(
     stage: str, reference: Reference, tmp_path: Path
 ) -> None:
-    """First kills lie in equal parts of the whole duration, one a folder; second ones anywhere in what is left."""
-    draw = random.Random(f"kills of {stage}")
-    seconds = reference.seconds[stage]
-    kills = folders = 0
-    while kills < KILLS:
-        root = reference.before(stage, tmp_path / f"run{folders}")
-        first = seconds * (folders % 4 + draw.random()) / 4
-        for moment in (first, (seconds - first) * draw.random(), None):
-            code, output, _ = reference.run(stage, root, after=moment)
-            assert code == (-signal.SIGKILL if code else 0), output
-            kills += code != 0
-        assert outcome(root / stage) == reference.outcomes[stage]
-        folders += 1
-        assert folders <= 3 * KILLS, "the commands end before they are killed"
-
-
-@pytest.mark.parametrize(("stage", "loss", "remembers"), [("dpo", "dpo", False), ("kto", "bco", True)])
-def test_a_preference_stage_killed_at_any_moment_continues_to_the_same_bits(
-    stage: str, loss: str, remembers: bool, reference: Reference, tmp_path: Path
-) -> None:
-    """Its reference log-probabilities are those of the first start, and BCO's mean reward is that of the last step."""
-    draw = random.Random(f"kills of {loss}")
-    keys = {"loss": loss, "batch_size": 4, "epochs": 2, "checkpoint_every": 2, "eval_every": 3, "learning_rate": 3e-3}
-    settings = [part for key, value in keys.items() for part in ("--set", f"{stage}.{key}={value}")]
-    whole = reference.before("reward", tmp_path / "whole")
-    code, output, seconds = reference.run(stage, whole, *settings)
-    assert code == 0, output
-    expected = outcome(whole / stage)
-    assert len(expected["metrics"]) >= 12 and expected["weights"] != reference.outcomes["sft"]["weights"]
-    assert len({row.get("train/bco_reward_shift") for row in expected["metrics"]}) > 1 or not remembers
-    kills = folders = 0
-    while kills < 5:
-        root = reference.before("reward", tmp_path / f"run{folders}")
-        first = seconds * (folders % 3 + draw.random()) / 3
-        for moment in (first, (seconds - first) * draw.random(), None):
-            code, output, _ = reference.run(stage, root, *settings, after=moment)
-            assert code == (-signal.SIGKILL if code else 0), output
-            kills += code != 0
-        assert outcome(root / stage) == expected
-        folders += 1
-        assert folders <= 15, "the commands end before they are killed"
+    survives_kills(
+        stage,
+        KILLS,
+        seconds=reference.seconds[stage],
+        start=lambda folder: reference.before(stage, tmp_path / f"run{folder}"),
+        run=lambda root, moment: reference.run(stage, root, after=moment),
+        left=lambda root: outcome(root / stage),
+        expected=reference.outcomes[stage],
+    )
 
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_a_stage_with_adapters_continues_to_the_same_bits(stage: str, reference: Reference, tmp_path: Path) -> None:
     """Checkpoints hold the adapters alone; what they stand beside is read from the starting model again."""
-    draw = random.Random(f"kills of {stage} with adapters")
     adapter = ("--set", "model.adapter.rank=4")
     whole = reference.before(stage, tmp_path / "whole")
     code, output, seconds = reference.run(stage, whole, *adapter)
     assert code == 0, output
-    expected = outcome(whole / stage)
-    assert expected["weights"] != reference.outcomes[stage]["weights"]
-    kills = folders = 0
-    while kills < 3:
-        root = reference.before(stage, tmp_path / f"run{folders}")
-        for moment in (seconds * (0.3 + 0.6 * draw.random()), None):
-            code, output, _ = reference.run(stage, root, *adapter, after=moment)
-            assert code == (-signal.SIGKILL if code else 0), output
-            kills += code != 0
-        assert outcome(root / stage) == expected
-        files = [folder / stage / "adapter" / "adapter_model.safetensors" for folder in (root, whole)]
-        assert files[0].read_bytes() == files[1].read_bytes()
-        folders += 1
-        assert folders <= 9, "the commands end before they are killed"
+    assert outcome(whole / stage)["weights"] != reference.outcomes[stage]["weights"]
+
+    def left(root: Path) -> tuple[dict[str, Any], bytes]:
+        return outcome(root / stage), (root / stage / "adapter" / "adapter_model.safetensors").read_bytes()
+
+    survives_kills(
+        f"{stage} with adapters",
+        3,
+        seconds=seconds,
+        start=lambda folder: reference.before(stage, tmp_path / f"run{folder}"),
+        run=lambda root, moment: reference.run(stage, root, *adapter, after=moment),
+        left=left,
+        expected=left(whole),
+    )
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import shutil
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import Zygote, write_recipe
+from support import Zygote, survives_kills, write_recipe
 
 KILLS = 4
 SETTINGS = {
@@ -97,20 +95,15 @@ def test_the_uninterrupted_run_did_something(finished: Finished) -> None:
 def test_a_stage_killed_at_any_moment_continues_to_the_same_bits(
     stage: str, finished: Finished, tmp_path: Path
 ) -> None:
-    """First kills lie in equal parts of the whole duration, one a folder; second ones anywhere in what is left."""
-    draw = random.Random(f"kills of {stage}")
-    seconds = finished.seconds[stage]
-    kills = folders = 0
-    while kills < KILLS:
-        root = finished.before(tmp_path / f"run{folders}")
-        first = seconds * (folders % 4 + draw.random()) / 4
-        for moment in (first, (seconds - first) * draw.random(), None):
-            code, output, _ = finished.run(stage, root, after=moment)
-            assert code == (-signal.SIGKILL if code else 0), output
-            kills += code != 0
-        assert left(root / stage) == finished.outcomes[stage]
-        folders += 1
-        assert folders <= 3 * KILLS, "the commands end before they are killed"
+    survives_kills(
+        stage,
+        KILLS,
+        seconds=finished.seconds[stage],
+        start=lambda folder: finished.before(tmp_path / f"run{folder}"),
+        run=lambda root, moment: finished.run(stage, root, after=moment),
+        left=lambda root: left(root / stage),
+        expected=finished.outcomes[stage],
+    )
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])

@@ -85,6 +85,11 @@ def test_three_ways_to_average_tokens(weights: Callable[[Tensor], Tensor], loss:
     assert (weights(torch.tensor([4, 1]))[:, None] * costs).sum().item() == pytest.approx(loss)
 
 
+def test_a_completion_without_tokens_has_a_finite_weight() -> None:
+    """It weighs nothing, having no tokens; 1 / 0 would make the batch's infinite. 1 / (1 * 2), 1 / (4 * 2)."""
+    assert completion_mean_weights(torch.tensor([0, 4]), num_completions=2).tolist() == [0.5, 0.125]
+
+
 def test_a_completion_is_clipped_as_a_whole() -> None:
     """Log-ratios .1 + .1: R = e^.2 = 1.221403 is clipped at 1.2 for A = 1, although no token's e^.1 = 1.105171 would
     be: -1.2 and no gradient. -.05 - .05 (and one masked): R = e^-.1 = .904837, A = -2: 1.809675, and that for each

@@ -49,6 +49,27 @@ def rewards_and_groups(seed: int, dtype: torch.dtype = torch.float64) -> tuple[T
 
 
 @every_advantage
+def test_no_gradient_passes_through_advantages(advantages: Callable[[Tensor, Tensor], Tensor]) -> None:
+    rewards, groups = rewards_and_groups(0)
+    assert not advantages(rewards.requires_grad_(), groups).requires_grad
+
+
+@every_advantage
+def test_low_precision_rewards_are_compared_in_float32(advantages: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """1, 2, 4.03125 are exact in bfloat16, their mean is not."""
+    rewards, groups = torch.tensor([1.0, 2.0, 4.03125]), torch.zeros(3, dtype=torch.long)
+    found = advantages(rewards.bfloat16(), groups)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, advantages(rewards, groups))
+
+
+@every_grouped
+def test_shapes_that_would_broadcast_are_refused(advantages: Callable[[Tensor, Tensor], Tensor]) -> None:
+    with pytest.raises(ValueError, match="expected equal shapes, found rewards"):
+        advantages(torch.zeros(3), torch.zeros(3, 1, dtype=torch.long))
+
+
+@every_advantage
 @quick
 @given(seed=seeds, shift=st.floats(-100, 100))
 def test_only_differences_of_rewards_matter(
