@@ -127,6 +127,7 @@ def test_targets_lag_behind_by_the_power_of_what_is_kept() -> None:
     values = torch.tensor([0.1, 1e30, -7.3])
     assert torch.equal(polyak(torch.tensor([0.3, -1.0, 2.0]), values, rate=1.0), values)
     assert torch.equal(polyak(values, values, rate=0.3), values)
+    assert not polyak(values, values.clone().requires_grad_(), rate=0.3).requires_grad
 
 
 def test_a_reward_at_the_end_is_worth_its_discount_at_the_start() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from accord.losses import (
+    KLLoss,
     batch_advantages,
     completion_policy_loss,
     group_advantages,
@@ -202,6 +203,15 @@ def test_micro_batches_add_up_to_the_whole_step(loss: Callable[..., Tensor], see
     halves = [value_and_gradient(loss, c, rows) for rows in (slice(cut), slice(cut, None))]
     assert sum(value for value, _ in halves) == pytest.approx(whole, rel=1e-12, abs=1e-14)
     torch.testing.assert_close(torch.cat([part for _, part in halves]), gradient, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("loss", [kl_k2_loss, kl_k3_loss])
+def test_no_gradient_passes_through_the_reference_of_a_kl_term(loss: Callable[..., KLLoss]) -> None:
+    c = Completions(0)
+    new, old = c.new.requires_grad_(), c.old.requires_grad_()
+    term = loss(new, old, c.weights, c.mask)
+    assert torch.autograd.grad(term.loss, old, allow_unused=True) == (None,)
+    assert not term.estimate_sum.requires_grad
 
 
 @quick

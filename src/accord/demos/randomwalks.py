@@ -23,6 +23,7 @@ from accord.demos.walk_ratings import BETAS, ILQL_SETTINGS, shaped_evaluation, w
 from accord.evaluation.exact_walks import WalksEvaluation, best_of_n_evaluation, exact_evaluation
 from accord.methods.context import Context, headline, run_stage
 from accord.methods.corpus import Corpus, Part
+from accord.methods.preference import SOFT_LABEL_FREE
 from accord.models.load import ModelShape, build_model, load_policy, save_model
 from accord.pipeline import STAGES
 from accord.randomness import torch_seed
@@ -138,7 +139,8 @@ def run_randomwalks(
     )
     seconds = start["seconds"] + STAGES["sft"](context)["seconds"]
     if method in FROM_PAIRS:
-        context = with_preferences(context, walks)
+        certain = recipe.dpo is None or recipe.dpo.loss in SOFT_LABEL_FREE
+        context = with_preferences(context, walks, "sampled" if certain else "soft")
     if method == "ilql":
         context = with_ratings(context, walks.rated_groups(), base)
     if method != "sft":

@@ -1,4 +1,5 @@
-"""Preferences over walks: pairs of the behaviour clone's own walks, each labelled with its Bradley-Terry probability.
+"""Preferences over walks: pairs of the behaviour clone's own walks, each labelled with its Bradley-Terry probability,
+or, for losses that take every label as certain, with a winner drawn from it.
 
     P(first is preferred) = sigmoid(optimality(first) - optimality(second))
 
@@ -11,12 +12,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from accord.data.convert import writing
 from accord.data.read import read_groups
 from accord.methods.context import Context, LoadedPolicy, headline, run_stage, stage_model, weights_hash
 from accord.methods.corpus import Part
+from accord.randomness import generator
 from accord.records import Completion, Group, Message
 from accord.rollout.native import NativeSampler, PromptTokens
 from accord.rollout.sampling import Sampling
@@ -28,7 +30,7 @@ __all__ = ["PAIRS_PER_PROMPT", "with_preferences"]
 PAIRS_PER_PROMPT = 200
 
 
-def with_preferences(context: Context, walks: RandomWalks) -> Context:
+def with_preferences(context: Context, walks: RandomWalks, labels: Literal["soft", "sampled"]) -> Context:
     """The context with pairs sampled from its SFT model; sampled once, then read from the run's folder."""
     folder = stage_model(context, "sft")
     assert folder is not None
@@ -40,26 +42,26 @@ def with_preferences(context: Context, walks: RandomWalks) -> Context:
         wanted = [PromptTokens(policy.template.prompt_ids(g.prompt), g.prompt_id) for g in prompts]
         sampler = NativeSampler(policy.model, pad_id=policy.pad_id)
         sampled = sampler.generate(wanted, 2 * PAIRS_PER_PROMPT, sampling, ("walk-pairs", context.seed))
-        groups = [
-            _pair(walks, letter, policy.template.decode(first.ids), policy.template.decode(second.ids))
-            for letter, samples in zip(walks.prompts, sampled, strict=True)
-            for first, second in zip(samples[::2], samples[1::2], strict=True)
-        ]
-        with writing(run.path / "pairs.jsonl") as write:
-            for group in groups:
-                write(group)
-        return {"headline": [headline("pairs", len(groups))]}
+        draw = generator("walk-labels", context.seed)
+        with writing(run.path / "soft.jsonl") as soft, writing(run.path / "sampled.jsonl") as certain:
+            for letter, samples in zip(walks.prompts, sampled, strict=True):
+                texts = [policy.template.decode(sample.ids) for sample in samples]
+                for first, second in zip(texts[::2], texts[1::2], strict=True):
+                    difference = walks.optimality(letter + first) - walks.optimality(letter + second)
+                    probability = 1 / (1 + math.exp(-difference))
+                    soft(_pair(letter, first, second, probability))
+                    certain(_pair(letter, first, second, float(draw.random() < probability)))
+        return {"headline": [headline("pairs", len(walks.prompts) * PAIRS_PER_PROMPT)]}
 
     settings = {"pairs_per_prompt": PAIRS_PER_PROMPT}
     run_stage(context, "annotate", settings=settings, sources=weights_hash(folder), body=body)
-    pairs = read_groups(context.root / "annotate" / "pairs.jsonl")
+    pairs = read_groups(context.root / "annotate" / f"{labels}.jsonl")
     part = Part(pairs.groups, {"pairs": pairs.fingerprint})
     return replace(context, corpus=replace(context.corpus, preferences=part))
 
 
-def _pair(walks: RandomWalks, letter: str, first: str, second: str) -> Group:
+def _pair(letter: str, first: str, second: str, probability: float) -> Group:
     """The likelier winner first. An empty walk, which no file of answers would hold, is written as a step in place."""
-    probability = 1 / (1 + math.exp(walks.optimality(letter + second) - walks.optimality(letter + first)))
     better, worse = (first, second) if probability >= 0.5 else (second, first)
     completions = tuple(
         Completion((Message("assistant", text or letter),), rank=rank) for rank, text in enumerate((better, worse))

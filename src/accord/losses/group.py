@@ -91,7 +91,6 @@ def scaled_group_advantages(rewards: Tensor, group_index: Tensor) -> Tensor:
     return centred / (variances.sqrt() + _EPSILON)
 
 
-@torch.no_grad()
 def batch_advantages(rewards: Tensor) -> Tensor:
     """`rloo_advantages` with the whole batch as the group: the others' mean is the baseline, whatever their prompts.
 
@@ -108,7 +107,6 @@ def batch_advantages(rewards: Tensor) -> Tensor:
     return rloo_advantages(rewards, torch.zeros_like(rewards, dtype=torch.long))
 
 
-@torch.no_grad()
 def scaled_batch_advantages(rewards: Tensor) -> Tensor:
     """`batch_advantages` over their own standard deviation: (A / (std(A) + 1e-4)), std unbiased.
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from accord.losses.masked import Count, counted, full_precision, masked_mean, masked_sum
+from accord.losses.masked import Count, counted, masked_mean, masked_sum
 
 __all__ = ["ILQLTerm", "awac_loss", "cql_loss", "expectile_loss", "ilql_advantages", "polyak", "q_loss"]
 
@@ -172,7 +172,7 @@ def _next_values(values: Tensor, mask: Tensor) -> Tensor:
 
 def _smaller(target_q: Tensor) -> Tensor:
     """(C, T) minimum over the heads, detached."""
-    return full_precision(target_q.detach()).amin(dim=0)
+    return target_q.detach().amin(dim=0)
 
 
 def _both(mask: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from accord.losses.masked import counted, full_precision, masked_sum, require_same_shape
+from accord.losses.masked import counted, full_precision, require_same_shape
 
 __all__ = ["KLLoss", "adaptive_kl_coef", "categorical_kl", "kl_k1", "kl_k2", "kl_k2_loss", "kl_k3", "kl_k3_loss"]
 
@@ -105,7 +105,7 @@ def _kl_loss(
     estimate = estimator(counted(policy_logprobs, loss_mask), counted(ref_logprobs.detach(), loss_mask))
     return KLLoss(
         loss=(counted(weights, loss_mask) * estimate).sum(),
-        estimate_sum=masked_sum(estimate.detach(), loss_mask),
+        estimate_sum=estimate.detach().sum(),
         token_count=loss_mask.sum(),
     )
 
