@@ -19,6 +19,7 @@ from accord.data.read import left_out_notes, read_row
 from accord.errors import ConfigError, DataError
 from accord.methods.catalogue import POLICY_STAGES, STAGES
 from accord.methods.corpus import Corpus, Part
+from accord.methods.plan import check_sizes
 from accord.records import Completion, Group, Message
 from accord.rewards.scorers import RewardFunction
 
@@ -94,6 +95,11 @@ def train(
         sections: recipe sections as dicts, for example ppo={"kl_coef": 0.1}, data={"max_tokens": 256}.
     Raises: ConfigError for arguments that do not go together; DataError for unusable rows; RewardError.
     """
+    for name, value in (("prompts", prompts), ("samples", samples), ("pairs", pairs), ("rewards", rewards)):
+        if isinstance(value, str | bytes | Mapping):
+            raise DataError(f"{name} is {value!r}: expected a list with one item for each of the {name}")
+    if reward_fn is not None and not callable(reward_fn):
+        raise ConfigError(f"reward_fn is {reward_fn!r}: expected a function f(prompt, completion) -> float")
     given = {"reward_fn": reward_fn, "prompts": prompts, "samples": samples, "rewards": rewards, "pairs": pairs}
     stage = _method(method, {name for name, value in given.items() if value is not None and not _is_empty(value)})
     tree: dict[str, Any] = _yaml_like(sections)
@@ -116,8 +122,9 @@ def train(
     tree["out"] = str(out) if out is not None else None
     recipe = recipe_from(tree, source="accord.train")
     functions = {} if reward_fn is None else {f"{stage}.reward_function": reward_fn}
+    check_sizes(recipe, corpus, [stage])
     summary = pipeline.run_stages(recipe, corpus, [stage], Console(quiet=quiet), functions)[stage]
-    folder = Path(recipe.out or f"runs/{stage}") / stage
+    folder = recipe.root / stage
     return TrainResult(folder, folder / "model", summary)
 
 
@@ -161,13 +168,19 @@ def _yaml_like(value: Any) -> Any:
 
 def _messages(prompt: Prompt, where: str) -> tuple[Message, ...]:
     if isinstance(prompt, str):
-        return (Message("user", prompt),)
+        return (Message("user", _text(prompt, where)),)
     try:
         return tuple(Message(m["role"], m["content"]) for m in prompt)
     except (KeyError, TypeError) as error:
         raise DataError(
             f"{where} is {prompt!r}: expected a text or a list of {{'role', 'content'}} messages"
         ) from error
+
+
+def _text(text: str, where: str) -> str:
+    if not text.strip():
+        raise DataError(f"{where} is empty: expected some text")
+    return text
 
 
 def _rows(rows: Sequence[Any], name: str, read: Callable[[Any, str, Counter[str]], tuple[Group, ...]]) -> Part:
@@ -192,9 +205,10 @@ def _sample(sample: Any, where: str, left_out: Counter[str]) -> tuple[Group, ...
     if isinstance(sample, Mapping):
         return read_row(sample, where, left_out)
     if isinstance(sample, str):
-        return (Group((), (Completion((Message("assistant", sample),)),)),)
-    if isinstance(sample, tuple) and len(sample) == 2 and all(isinstance(part, str) for part in sample):
-        return (Group((Message("user", sample[0]),), (Completion((Message("assistant", sample[1]),)),)),)
+        return (Group((), (Completion((Message("assistant", _text(sample, where)),)),)),)
+    if isinstance(sample, tuple | list) and len(sample) == 2 and all(isinstance(part, str) for part in sample):
+        asked, answer = (_text(part, f"{where}[{index}]") for index, part in enumerate(sample))
+        return (Group((Message("user", asked),), (Completion((Message("assistant", answer),)),)),)
     if isinstance(sample, list):
         messages = _messages(sample, where)
         first = next((i for i, m in enumerate(messages) if m.role == "assistant"), None)

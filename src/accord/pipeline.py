@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -19,6 +18,7 @@ from accord.methods.corpus import Corpus
 from accord.methods.ilql_stage import run_ilql
 from accord.methods.kto_stage import run_kto
 from accord.methods.online_stage import LEARNERS, run_online
+from accord.methods.plan import check_names
 from accord.methods.ppo_stage import run_ppo
 from accord.methods.preference_stage import run_dpo, run_orpo
 from accord.methods.reward import run_reward
@@ -26,6 +26,7 @@ from accord.methods.rft_stage import run_rft
 from accord.methods.sft import run_sft
 from accord.report.overview import overview_report
 from accord.rewards.scorers import RewardFunction
+from accord.training.runfolder import read_summary
 
 __all__ = ["STAGES", "run_stages", "write_overview"]
 
@@ -56,6 +57,7 @@ def run_stages(
 ) -> dict[str, dict[str, Any]]:
     """Run `stages` in order; finished ones are not repeated. Returns stage -> summary and writes the overview."""
     context = Context(recipe, corpus, console, functions or {})
+    check_names(recipe, list(stages), context.functions)
     summaries = {stage: STAGES[stage](context) for stage in stages}
     write_overview(context)
     return summaries
@@ -63,8 +65,9 @@ def run_stages(
 
 def write_overview(context: Context, more: Mapping[str, Any] | None = None) -> None:
     """The root's summary.json and report.html over all finished stages there."""
-    done = [s for s in SHOWN if (context.root / s / "summary.json").exists()]
-    summaries = {stage: json.loads((context.root / stage / "summary.json").read_bytes()) for stage in done}
+    found = {stage: read_summary(context.root / stage) for stage in SHOWN}
+    summaries = {stage: summary for stage, summary in found.items() if summary is not None}
+    done = list(summaries)
     evaluation = summaries.get("evaluate", {})
     summary = {
         "name": context.recipe.name,

@@ -92,6 +92,13 @@ def test_a_command_line_that_cannot_be_read_exits_2(arguments: list[str], capsys
     assert "usage: accord" in capsys.readouterr().err
 
 
+def test_a_mistyped_command_is_told_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["evalute"])
+    assert stop.value.code == 2
+    assert "did you mean evaluate?" in capsys.readouterr().err
+
+
 # --- the methods ------------------------------------------------------------------------------------------------------
 
 

@@ -432,5 +432,7 @@ def test_bco_needs_no_mismatched_answers(model: Path, tmp_path: Path) -> None:
 
 
 def test_weights_are_refused_beside_bco(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"`kto\.desirable_weight` is read only by `kto\.loss` = kto, which is bco"):
+    with pytest.raises(
+        ConfigError, match=r"`kto\.desirable_weight` is read only by `kto\.loss` = kto, and `kto\.loss` is bco"
+    ):
         run(tmp_path, model, loss="bco", desirable_weight=2.0)

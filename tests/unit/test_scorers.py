@@ -56,7 +56,7 @@ def test_a_function_that_asks_is_told_whether_the_answer_ended_by_itself() -> No
 
 
 def test_any_number_is_a_score() -> None:
-    for value in (1, True, torch.tensor(1.0), "1"):
+    for value in (1, True, torch.tensor(1.0)):
         assert FunctionScorer(lambda p, c, value=value: value, "one").score([request("a", "b")]) == [Score(1.0)]
 
 
@@ -67,6 +67,8 @@ def test_any_number_is_a_score() -> None:
         (lambda p, c: math.nan, "returned nan"),
         (lambda p, c: math.inf, "returned inf"),
         (lambda p, c: None, "TypeError"),
+        (lambda p, c: "1", "TypeError: returned the text '1', expected a number"),
+        (lambda p, c: sys.exit(0), "SystemExit: 0"),
         (lambda p: 1.0, "TypeError"),
     ],
 )

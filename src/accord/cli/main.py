@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
+from typing import NoReturn
 
 from accord import __version__
 from accord.cli import benchmark, compare_methods, data, methods, quickstart, stages
@@ -28,8 +31,17 @@ exit codes: 0 done; 1 the program failed; 2 the input is wrong (the message says
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose error names the nearest choice."""
+
+    def error(self, message: str) -> NoReturn:
+        found = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        near = difflib.get_close_matches(found[1], re.findall(r"[\w-]+", found[2]), n=1) if found else []
+        super().error(f"{message}; did you mean {near[0]}?" if near else message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="accord",
         description="Align language models with human feedback, end to end, and show that they got better.",
         epilog=EPILOG,

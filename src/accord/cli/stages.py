@@ -71,8 +71,9 @@ def _run(recipe: Recipe, stages: list[str], args: argparse.Namespace) -> int:
     console = screen()
     corpus = read_corpus(recipe.data)
     if args.dry_run:
-        from accord.methods.plan import plan_table
+        from accord.methods.plan import check_names, plan_table
 
+        check_names(recipe, stages)
         resolved = recipe.model_dump(mode="json", exclude_none=True)
         console.print(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), highlight=False, markup=False)
         console.print(plan_table(recipe, corpus, stages))

@@ -88,7 +88,7 @@ def _dpo(dpo: DPOConfig) -> list[str]:
         "use_margins": tuple(loss for loss in get_args(PairLoss) if loss not in MARGIN_FREE),
     }
     return [
-        f"`dpo.{key}` is read only by `dpo.loss` = {' or '.join(losses)}, which is {dpo.loss}"
+        f"`dpo.{key}` is read only by `dpo.loss` = {' or '.join(losses)}, and `dpo.loss` is {dpo.loss}"
         for key, losses in readers.items()
         if _changed(dpo, key) and dpo.loss not in losses
     ]
@@ -96,7 +96,7 @@ def _dpo(dpo: DPOConfig) -> list[str]:
 
 def _kto(kto: KTOConfig) -> list[str]:
     return [
-        f"`kto.{key}` is read only by `kto.loss` = kto, which is {kto.loss}"
+        f"`kto.{key}` is read only by `kto.loss` = kto, and `kto.loss` is {kto.loss}"
         for key in ("desirable_weight", "undesirable_weight")
         if _changed(kto, key) and kto.loss != "kto"
     ]
@@ -128,7 +128,7 @@ def _ppo(ppo: PPOConfig) -> list[str]:
     if ppo.kl_controller == "adaptive" and ppo.kl_coef == 0:
         problems.append("`ppo.kl_controller` = adaptive multiplies `ppo.kl_coef`, which is 0 and would stay 0")
     if ppo.kl_controller == "fixed" and ppo.target_kl is not None:
-        problems.append("`ppo.target_kl` is read only by `ppo.kl_controller` = adaptive, which is fixed")
+        problems.append("`ppo.target_kl` is read only by `ppo.kl_controller` = adaptive, and it is fixed")
     if (
         ppo.whiten_advantages
         and ppo.prompts_per_step * ppo.samples_per_prompt == 1

@@ -8,10 +8,21 @@ from pydantic import Field
 
 from accord.config.sections import OfflineFields
 
-__all__ = ["MARGIN_FREE", "DPOConfig", "ILQLConfig", "KTOConfig", "ORPOConfig", "PairLoss", "RewardConfig", "SFTConfig"]
+__all__ = [
+    "MARGIN_FREE",
+    "SOFT_LABEL_FREE",
+    "DPOConfig",
+    "ILQLConfig",
+    "KTOConfig",
+    "ORPOConfig",
+    "PairLoss",
+    "RewardConfig",
+    "SFTConfig",
+]
 
 PairLoss = Literal["dpo", "conservative", "robust", "ipo", "hinge", "rdpo", "simpo", "cpo", "apo_zero", "apo_down"]
 MARGIN_FREE: frozenset[PairLoss] = frozenset({"ipo", "apo_zero", "apo_down"})  # losses without a place for margins
+SOFT_LABEL_FREE = frozenset({"apo_zero", "apo_down", "orpo"})  # losses that take every label as certain
 
 
 class SFTConfig(OfflineFields):

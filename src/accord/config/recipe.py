@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field
 
 from accord.config.offline import DPOConfig, ILQLConfig, KTOConfig, ORPOConfig, RewardConfig, SFTConfig
@@ -70,3 +72,8 @@ class Recipe(Section):
     rft: RFTConfig | None = Field(None, description="Rejection-sampling fine-tuning.")
     bestofn: BestOfNConfig | None = Field(None, description="Best-of-n sampling.")
     evaluate: EvaluateConfig | None = Field(None, description="Evaluation.")
+
+    @property
+    def root(self) -> Path:
+        """The run's folder: one sub-folder a stage."""
+        return Path(self.out or f"runs/{self.name}")

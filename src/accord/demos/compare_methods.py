@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from accord.demos.quickstart import MAX_NEW_TOKENS, run_annotators, task_corpus,
 from accord.demos.quickstart import SETTINGS as QUICKSTART
 from accord.errors import AccordError, ConfigError
 from accord.methods.context import Context
+from accord.methods.corpus import Part
 from accord.pipeline import STAGES, write_overview
+from accord.training.runfolder import read_summary
 
 __all__ = ["METHODS", "SETTINGS", "run_comparison"]
 
@@ -38,8 +41,8 @@ SETTINGS: dict[str, Any] = merged(
     QUICKSTART,
     {
         "name": "compare-methods",
-        "dpo": {**_PAIRS, "learning_rate": 1e-4, "beta": 0.1},
-        "orpo": {**_PAIRS, "learning_rate": 2e-4, "odds_ratio_coef": 0.5},
+        "dpo": {**_PAIRS, "learning_rate": 2e-4, "beta": 0.1},
+        "orpo": {**_PAIRS, "learning_rate": 1e-3, "odds_ratio_coef": 0.5},
         "kto": {**_PAIRS, "learning_rate": 1e-4, "beta": 0.1},
         "ppo": {"gold_function": GOLD},
         "bestofn": {"n": 8, "prompts": 500, "max_new_tokens": MAX_NEW_TOKENS, "gold_function": GOLD},
@@ -57,7 +60,8 @@ def run_comparison(
     """
     unknown = [method for method in methods if method not in METHODS]
     if unknown or not methods:
-        raise ConfigError(f"--methods {','.join(methods)!r}: expected some of {', '.join(METHODS)}")
+        wrong = f"{', '.join(map(repr, unknown))} cannot be compared; " if unknown else ""
+        raise ConfigError(f"--methods: {wrong}expected some of {', '.join(METHODS)} (all are compared with sft)")
     recipe = _recipe(out, seed, methods, overrides)
     reward = ("reward",) if set(methods) & set(NEEDS_REWARD_MODEL) else ()
     console.print(
@@ -92,6 +96,14 @@ def _context(recipe: Recipe, console: Console) -> Context:
     return with_comparisons(context) if (context.root / "annotate" / "summary.json").exists() else context
 
 
+def _with_majorities(context: Context) -> Context:
+    """The context whose comparisons say what most annotators said: ORPO has no place for how many it were."""
+    part = context.corpus.preferences
+    note = "the majority of each comparison's annotators is taken as certain"
+    certain = Part(tuple(replace(group, soft_label=None) for group in part.groups), part.sources, (note,))
+    return replace(context, corpus=replace(context.corpus, preferences=certain))
+
+
 def _in_own_process(recipe: Recipe, stage: str) -> None:
     """Run one stage in a fresh process, whose peak memory is then the stage's own; raises what it raised."""
     spawn = multiprocessing.get_context("spawn")
@@ -116,6 +128,8 @@ def _run_one(tree: dict[str, Any], stage: str, sender: Any) -> None:
 
     keep_freed_memory()
     context = _context(recipe_from(tree, source="compare-methods"), Console())
+    if stage == "orpo":
+        context = _with_majorities(context)
     try:
         run_annotators(context) if stage == "annotate" else STAGES[stage](context)
     except AccordError as error:
@@ -131,7 +145,7 @@ def _rows(root: Path, methods: Sequence[str], evaluation: Mapping[str, Any]) -> 
     rows = []
     for method in ("sft", *methods):
         stages = [method] if method not in NEEDS_REWARD_MODEL else ["reward", method]
-        costs = [json.loads((root / stage / "summary.json").read_bytes()) for stage in stages]
+        costs = [summary for stage in stages if (summary := read_summary(root / stage)) is not None]
         win = wins.get(method)
         own = facts[method]
         rows.append(

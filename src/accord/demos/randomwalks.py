@@ -17,13 +17,13 @@ from rich.console import Console
 
 from accord.config import Recipe, recipe_from
 from accord.config.load import merged, overrides_tree
+from accord.config.offline import SOFT_LABEL_FREE
 from accord.data.templates import Template
 from accord.demos.walk_preferences import with_preferences
 from accord.demos.walk_ratings import BETAS, ILQL_SETTINGS, shaped_evaluation, with_ratings
 from accord.evaluation.exact_walks import WalksEvaluation, best_of_n_evaluation, exact_evaluation
 from accord.methods.context import Context, headline, run_stage
 from accord.methods.corpus import Corpus, Part
-from accord.methods.preference import SOFT_LABEL_FREE
 from accord.models.load import ModelShape, build_model, load_policy, save_model
 from accord.pipeline import STAGES
 from accord.randomness import torch_seed

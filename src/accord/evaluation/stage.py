@@ -24,7 +24,7 @@ from accord.evaluation.compare import (
 )
 from accord.measures.selection import best_of_n_kl_bound
 from accord.measures.statistics import cluster_interval
-from accord.methods.catalogue import POLICY_STAGES
+from accord.methods.catalogue import BEST_OF_N, POLICY_STAGES
 from accord.methods.context import (
     Context,
     LoadedPolicy,
@@ -48,7 +48,6 @@ from accord.training.runfolder import RunFolder
 __all__ = ["run_evaluate"]
 
 SIDE_BY_SIDE = 12
-BEST_OF_N = "bestofn"
 
 
 def run_evaluate(context: Context) -> dict[str, Any]:

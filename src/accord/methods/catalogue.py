@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-__all__ = ["POLICY_STAGES", "STAGES", "Stage"]
+__all__ = ["BEST_OF_N", "POLICY_STAGES", "STAGES", "Stage"]
+
+# The stage that evaluations know as a policy too, although it trains none.
+BEST_OF_N = "bestofn"
 
 Data = Literal["demonstrations", "comparisons", "labels", "ratings", "prompts", "evaluation"]
 

@@ -17,7 +17,7 @@ from rich.markup import escape
 from accord.config import Recipe
 from accord.data.templates import Template
 from accord.data.tokenise import tokenise_groups
-from accord.errors import ConfigError
+from accord.errors import CheckpointError, ConfigError
 from accord.methods.catalogue import STAGES
 from accord.methods.corpus import Corpus, Part
 from accord.models.adapters import add_adapter, has_adapter, merged, save_adapter
@@ -31,7 +31,7 @@ from accord.records import Group, Interval, TokenGroup
 from accord.report.stage import stage_report
 from accord.rewards.scorers import RewardFunction
 from accord.training.environment import peak_memory_mb
-from accord.training.runfolder import RunFolder
+from accord.training.runfolder import RunFolder, read_summary
 
 __all__ = [
     "Context",
@@ -65,7 +65,7 @@ class Context:
     @property
     def root(self) -> Path:
         """The run's folder: one sub-folder a stage."""
-        return Path(self.recipe.out or f"runs/{self.recipe.name}")
+        return self.recipe.root
 
     @property
     def seed(self) -> int:
@@ -156,6 +156,8 @@ def run_stage(
             summary = {"stage": stage, **body(run)}
             summary["seconds"] = time.monotonic() - started
             summary["peak_memory_mb"] = peak_memory_mb()
+            if (folder / "model").is_dir():
+                summary["weights"] = _weights_digest(folder / "model")
             run.finish(summary)
             _tell(context, summary)
     if not (folder / "report.html").exists():
@@ -221,10 +223,17 @@ def _build_base(context: Context, text: Part, run: RunFolder) -> dict[str, Any]:
 def stage_model(context: Context, stage: str) -> Path | None:
     """The model a finished stage left in this run's folder; None when the recipe has no such stage.
 
-    Raises: ConfigError when the recipe has the stage but it has not been run.
+    Raises: ConfigError when the recipe has the stage but it has not been run; CheckpointError when the weights are not
+        the ones it left.
     """
     folder = context.root / stage
-    if (folder / "summary.json").exists():
+    summary = read_summary(folder)
+    if summary is not None:
+        if "weights" in summary and summary["weights"] != _weights_digest(folder / "model"):
+            raise CheckpointError(
+                f"{folder / 'model'} does not hold the weights that the {stage} stage left: the files were damaged or "
+                f"changed since. Delete {folder} and run `accord {stage}` again, or name another model with `init`"
+            )
         return folder / "model"
     if getattr(context.recipe, stage, None) is not None:
         raise ConfigError(
@@ -244,11 +253,15 @@ def weights_hash(folder: Path | str) -> dict[str, str]:
     path = Path(folder)
     if not path.is_dir():
         return {f"weights of {folder}": str(folder)}
+    return {"starting weights": _weights_digest(path)}
+
+
+def _weights_digest(folder: Path) -> str:
     digest = hashlib.sha256()
-    for file in sorted(path.glob("*.safetensors")):
+    for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return {"starting weights": digest.hexdigest()}
+    return digest.hexdigest()
 
 
 def tokenised(

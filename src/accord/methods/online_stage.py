@@ -13,7 +13,8 @@ from accord.methods.card import model_card
 from accord.methods.context import Context, LoadedPolicy, data_note, run_stage, weights_hash
 from accord.methods.online_account import Online, online_summary
 from accord.methods.online_trainer import Learner, OnlineTrainer
-from accord.methods.roles import check_prompts, judges_of, rollout_models, starting_model, step_prompts
+from accord.methods.plan import check_prompts
+from accord.methods.roles import judges_of, rollout_models, starting_model, step_prompts
 from accord.methods.rollouts import Prompt, RolloutModels
 from accord.training.loop import Trainer, run_training
 from accord.training.runfolder import RunFolder

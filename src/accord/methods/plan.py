@@ -5,19 +5,31 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Collection, Sequence
 from importlib.resources import files
 from pathlib import Path
 
 from rich.table import Table
 
-from accord.config import AdapterConfig, OfflineFields, Recipe, RFTConfig, RolloutFields, ScratchConfig
+from accord.config import (
+    AdapterConfig,
+    EvaluateConfig,
+    OfflineFields,
+    Recipe,
+    RFTConfig,
+    RolloutFields,
+    SamplingFields,
+    ScratchConfig,
+)
+from accord.config.offline import SOFT_LABEL_FREE
 from accord.data.order import num_steps
 from accord.errors import ConfigError, DataError
-from accord.methods.catalogue import STAGES
+from accord.methods.catalogue import BEST_OF_N, POLICY_STAGES, STAGES
 from accord.methods.corpus import Corpus, Part, split_holdout
 from accord.models.paths import check_model_path
+from accord.records import Group
 
-__all__ = ["check_sizes", "num_parameters", "plan_table", "stages_of"]
+__all__ = ["check_labels", "check_names", "check_prompts", "check_sizes", "num_parameters", "plan_table", "stages_of"]
 
 # fp32 bytes for each parameter: weights, gradient and AdamW's two moments while training; weights alone while frozen.
 TRAINED, FROZEN = 16, 4
@@ -83,14 +95,76 @@ def check_sizes(recipe: Recipe, corpus: Corpus, stages: list[str]) -> None:
         _sizes(recipe, corpus, stage)
 
 
+def check_names(recipe: Recipe, stages: list[str], given: Collection[str] = ()) -> None:
+    """Raises ConfigError where a stage names a model that cannot be one, or nothing that scores: now, not after the
+    stages before. `given` are the keys of functions that come as Python objects."""
+    for stage in stages:
+        section = getattr(recipe, stage)
+        for key in ("init", "reward_model"):
+            named = getattr(section, key, None)
+            if named is not None:
+                check_model_path(named)
+        scored = recipe.reward is not None or (recipe.root / "reward" / "summary.json").exists()
+        if isinstance(section, SamplingFields) and not (
+            scored or section.reward_model or section.reward_function or f"{stage}.reward_function" in given
+        ):
+            raise nothing_scores(stage)
+    if "evaluate" in stages and recipe.evaluate is not None:
+        _check_evaluated(recipe, recipe.evaluate)
+
+
+def nothing_scores(stage: str) -> ConfigError:
+    return ConfigError(
+        f"the {stage} stage needs something that scores: a `reward` stage in this recipe, `{stage}.reward_model` "
+        f"(a folder) or `{stage}.reward_function` (module:function)"
+    )
+
+
+def _check_evaluated(recipe: Recipe, section: EvaluateConfig) -> None:
+    """The models of an evaluation are stages, or paths; what they are compared against is one of them."""
+    for name in section.models:
+        if name == BEST_OF_N and recipe.bestofn is None:
+            raise ConfigError(f"`evaluate.models` names {name!r}, which is no stage of this recipe")
+        if name not in ("base", BEST_OF_N, *POLICY_STAGES):
+            check_model_path(name)
+    names = section.models or ("base", BEST_OF_N, *POLICY_STAGES)
+    for key, value in (("against", section.against), ("reference", section.reference)):
+        if value is not None and value not in names:
+            raise ConfigError(f"`evaluate.{key}` = {value!r} is not among the models evaluated: {', '.join(names)}")
+
+
+def check_prompts(stage: str, section: RolloutFields, count: int) -> None:
+    """Raises ConfigError when a step wants more prompts than there are."""
+    if count < section.prompts_per_step:
+        raise ConfigError(
+            f"`{stage}.prompts_per_step` = {section.prompts_per_step}, but only {count} distinct training prompts are "
+            "left: lower it, or give more prompts"
+        )
+
+
+def check_labels(groups: Sequence[Group], loss: str) -> None:
+    """Raises ConfigError for comparisons with soft labels where the loss takes every label as certain."""
+    soft = [g for g in groups if g.soft_label is not None and g.soft_label != 1]
+    if soft and loss in SOFT_LABEL_FREE:
+        where = f", the first at {soft[0].origin}" if soft[0].origin else ""
+        raise ConfigError(
+            f"{len(soft):,} comparisons have soft labels{where}, and the {loss} loss takes every label as certain: use "
+            "`accord dpo` with another `dpo.loss`, or take the soft labels out of the data"
+        )
+
+
 def _sizes(recipe: Recipe, corpus: Corpus, stage: str) -> tuple[str, str]:
     section = getattr(recipe, stage)
     if isinstance(section, OfflineFields):
-        return _offline_sizes(_part(corpus, STAGES[stage].data), section, stage, recipe.data.holdout)
+        part = _part(corpus, STAGES[stage].data)
+        if stage in ("dpo", "orpo"):
+            check_labels(part.groups, getattr(section, "loss", stage))
+        return _offline_sizes(part, section, stage, recipe.data.holdout)
     if stage == "evaluate":
         return _evaluation_sizes(corpus, recipe.data.holdout), "-"
     train, _ = split_holdout(corpus.all_prompts().groups, recipe.data.holdout)
     if isinstance(section, RolloutFields):
+        check_prompts(stage, section, len(train))
         per_step = section.prompts_per_step * section.samples_per_prompt
         updates = section.update_epochs * section.minibatches
         steps = f"{math.ceil(section.episodes / per_step):,} rollouts of {per_step}, {updates} updates each"

@@ -43,7 +43,6 @@ from accord.records import Group, TokenGroup
 
 __all__ = [
     "REFERENCE_FREE",
-    "SOFT_LABEL_FREE",
     "Pair",
     "PairInputs",
     "PairObjective",
@@ -55,9 +54,8 @@ __all__ = [
     "ranked_answers",
 ]
 
-# Losses that have no place for something; the others do. Those without a place for margins: `accord.config.offline`.
+# Those without a place for margins or soft labels: `accord.config.offline`.
 REFERENCE_FREE = frozenset({"simpo", "cpo", "orpo"})
-SOFT_LABEL_FREE = frozenset({"apo_zero", "apo_down", "orpo"})
 
 
 @dataclass(frozen=True, slots=True)

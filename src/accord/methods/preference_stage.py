@@ -12,7 +12,7 @@ from torch import Tensor
 
 from accord.config import MARGIN_FREE, DPOConfig, ORPOConfig
 from accord.data.convert import pair_margin
-from accord.errors import ConfigError, DataError
+from accord.errors import DataError
 from accord.measures.statistics import cluster_interval, win_rate
 from accord.methods.card import model_card
 from accord.methods.context import (
@@ -28,9 +28,9 @@ from accord.methods.context import (
 from accord.methods.corpus import Part, split_holdout
 from accord.methods.likelihood import LikelihoodChange, policy_logprobs, start_logprobs
 from accord.methods.offline import OfflineTrainer
+from accord.methods.plan import check_labels
 from accord.methods.preference import (
     REFERENCE_FREE,
-    SOFT_LABEL_FREE,
     PairObjective,
     RankedAnswers,
     StepCounts,
@@ -125,20 +125,17 @@ def _run(context: Context, plan: _Plan) -> dict[str, Any]:
 
 
 def _agreed(plan: _Plan, part: Part) -> list[str]:
-    """What of the data the loss does not read, said. Raises ConfigError where leaving it out would be wrong."""
-    soft = [g for g in part.groups if g.soft_label is not None and g.soft_label != 1]
-    if soft and plan.loss in SOFT_LABEL_FREE:
-        where = f", the first at {soft[0].origin}" if soft[0].origin else ""
-        raise ConfigError(
-            f"{len(soft):,} comparisons have soft labels{where}, and the {plan.loss} loss takes every label as "
-            "certain: use `accord dpo` with another `dpo.loss`, or take the soft labels out of the data"
-        )
+    """What of the data the loss does not read, and what the loss would read and the data has not, said.
+    Raises ConfigError where leaving it out would be wrong."""
+    check_labels(part.groups, plan.loss)
     notes = _contradictions(part.groups)
     margins = sum(
         pair_margin(group, first, second) is not None
         for group in part.groups
         for first, second in combinations(group.completions, 2)
     )
+    if plan.use_margins and not margins:
+        notes.append("no pair has a margin or scores: `dpo.use_margins` has nothing to use")
     if margins and not plan.use_margins:
         can = plan.stage == "dpo" and plan.loss not in MARGIN_FREE
         why = "`dpo.use_margins` is off" if can else f"the {plan.loss} loss has no place for them"

@@ -9,7 +9,6 @@ from typing import Any
 
 from accord.config import RolloutFields, SamplingFields
 from accord.data.templates import Template
-from accord.errors import ConfigError
 from accord.methods.context import (
     Context,
     LoadedPolicy,
@@ -20,6 +19,7 @@ from accord.methods.context import (
     weights_hash,
 )
 from accord.methods.corpus import split_holdout
+from accord.methods.plan import nothing_scores
 from accord.methods.rollouts import Prompt, RolloutModels
 from accord.models.adapters import has_adapter
 from accord.models.layout import Layout
@@ -30,7 +30,6 @@ from accord.rollout.native import NativeSampler
 
 __all__ = [
     "Judges",
-    "check_prompts",
     "function_scorer",
     "judges_of",
     "model_scorer",
@@ -68,10 +67,7 @@ def judges_of(context: Context, stage: str, section: SamplingFields) -> Judges:
         return Judges(function, None, gold, {"reward function": function.fingerprint})
     folder = section.reward_model or stage_model(context, "reward")
     if folder is None:
-        raise ConfigError(
-            f"the {stage} stage needs something that scores: a `reward` stage in this recipe, `{stage}.reward_model` "
-            f"(a folder) or `{stage}.reward_function` (module:function)"
-        )
+        raise nothing_scores(stage)
     return Judges(None, folder, gold, {"reward weights": "".join(weights_hash(folder).values())})
 
 
@@ -113,15 +109,6 @@ def step_prompts(context: Context, policy: LoadedPolicy, max_new_tokens: int) ->
     groups, _ = split_holdout(context.corpus.all_prompts().groups, data.holdout)
     limit = min(room, data.max_prompt_tokens or room)
     return tokenised(context, groups, policy.template, "prompts", max_tokens=room, max_prompt_tokens=limit)
-
-
-def check_prompts(stage: str, section: RolloutFields, count: int) -> None:
-    """Raises ConfigError when a step wants more prompts than there are."""
-    if count < section.prompts_per_step:
-        raise ConfigError(
-            f"`{stage}.prompts_per_step` = {section.prompts_per_step}, but only {count} distinct training prompts are "
-            "left: lower it, or give more prompts"
-        )
 
 
 def rollout_models(

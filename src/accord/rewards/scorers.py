@@ -95,8 +95,11 @@ class FunctionScorer:
     def _one(self, request: ScoreRequest) -> Score:
         extra = {"finished": request.finished} if self._wants_finished else {}
         try:
-            value = float(self._function(_plain(request.prompt), request.completion, **extra))
-        except Exception as error:  # the user's code may raise anything: it becomes a counted, named failure
+            result = self._function(_plain(request.prompt), request.completion, **extra)
+            if isinstance(result, str):
+                raise TypeError(f"returned the text {result!r}, expected a number")
+            value = float(result)
+        except (Exception, SystemExit) as error:  # the user's code may raise anything: a counted, named failure
             place = traceback.extract_tb(error.__traceback__)[-1]
             return Score(None, f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})")
         return Score(value) if math.isfinite(value) else Score(None, f"returned {value}")

@@ -27,7 +27,7 @@ from accord.atomic import make_folder, sync, write_json, write_text
 from accord.errors import CheckpointError, TrainingError
 from accord.training.environment import environment, environment_changes
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "read_summary"]
 
 CONFIG = "config.yaml"
 RUN = "run.json"
@@ -90,8 +90,7 @@ class RunFolder:
     @property
     def finished(self) -> dict[str, Any] | None:
         """The summary when the run is finished, else None."""
-        summary = self.path / SUMMARY
-        return json.loads(summary.read_bytes()) if summary.exists() else None
+        return read_summary(self.path)
 
     def truncate_after(self, step: int) -> None:
         """Drop logged lines after `step`, and a torn last line, so that the logs continue as if never interrupted.
@@ -130,6 +129,25 @@ class RunFolder:
         with _explained(self.path / name):
             while left:
                 left = left[self._logs[name].write(left) :]
+
+
+def read_summary(path: Path) -> dict[str, Any] | None:
+    """What a finished run left in `path`; None when it is not finished.
+
+    Raises: CheckpointError for a file that is damaged.
+    """
+    file = path / SUMMARY
+    if not file.exists():
+        return None
+    try:
+        summary = json.loads(file.read_bytes())
+        if not isinstance(summary, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} is damaged ({error}). Delete it: the same command then writes it again, from the last checkpoint."
+        ) from error
+    return summary
 
 
 def _take_lock(path: Path) -> IO[str]:
