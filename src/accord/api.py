@@ -98,10 +98,12 @@ def train(
     for name, value in (("prompts", prompts), ("samples", samples), ("pairs", pairs), ("rewards", rewards)):
         if isinstance(value, str | bytes | Mapping):
             raise DataError(f"{name} is {value!r}: expected a list with one item for each of the {name}")
+        if isinstance(value, Sized) and len(value) == 0:
+            raise DataError(f"{name} is empty: there is nothing to train on")
     if reward_fn is not None and not callable(reward_fn):
         raise ConfigError(f"reward_fn is {reward_fn!r}: expected a function f(prompt, completion) -> float")
     given = {"reward_fn": reward_fn, "prompts": prompts, "samples": samples, "rewards": rewards, "pairs": pairs}
-    stage = _method(method, {name for name, value in given.items() if value is not None and not _is_empty(value)})
+    stage = _method(method, {name for name, value in given.items() if value is not None})
     tree: dict[str, Any] = _yaml_like(sections)
     tree["seed"] = seed
     tree["model"] = _yaml_like(model if isinstance(model, Mapping) else {"path": model})
@@ -144,17 +146,14 @@ def _method(method: str | None, given: set[str]) -> str:
         raise ConfigError(
             "rewards= go with samples=, one for each; methods that sample ask reward_fn= for their rewards"
         )
+    found = " and ".join(f"{name}=" for name in sorted(given)) or "nothing"
     if method is None:
         raise ConfigError(
-            "accord.train takes reward_fn= and prompts= (PPO), or samples= (SFT), with rewards= (ILQL), or pairs= (DPO)"
+            "accord.train takes reward_fn= and prompts= (PPO), or samples= (SFT), with rewards= (ILQL), or pairs= "
+            f"(DPO); it was given {found}"
         )
     takes = " or ".join(" and ".join(f"{name}=" for name in names) for names in _TAKES[method])
-    found = " and ".join(f"{name}=" for name in sorted(given)) or "nothing"
     raise ConfigError(f"accord.train(method={method!r}) takes {takes}; it was given {found}")
-
-
-def _is_empty(value: Any) -> bool:
-    return isinstance(value, Sized) and len(value) == 0
 
 
 def _yaml_like(value: Any) -> Any:

@@ -211,7 +211,6 @@ def test_a_reward_function_that_raises_stops_the_run_and_names_the_prompt(model:
         ({"method": "dp", "pairs": PAIRS}, r"method='dp' \(did you mean 'dpo'\?\) is none of ppo, "),
         ({"pairs": PAIRS, "dpo": {"betta": 1}}, "did you mean `dpo.beta`"),
         ({"reward_fn": score}, r"needs prompts=\[\.\.\.\]"),
-        ({"reward_fn": score, "prompts": []}, r"needs prompts=\[\.\.\.\]"),
         ({"samples": SAMPLES, "learning_rate": 1}, "did you mean `sft.learning_rate`"),
         ({"samples": SAMPLES, "sft": {"epoch": 1}}, "did you mean `sft.epochs`"),
         ({"samples": SAMPLES, "sft": 3}, "`sft`"),

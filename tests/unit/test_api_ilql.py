@@ -88,7 +88,7 @@ def test_other_rewards_are_another_run(model: Path, tmp_path: Path) -> None:
     ("rewards", "message"),
     [
         (RETURNS[:-1], "10 samples and 9 rewards: give one for each sample"),
-        ([], "10 samples and 0 rewards"),
+        ([], "rewards is empty"),
         ([*RETURNS[:-1], math.nan], r"rewards\[9\] is nan: expected a finite number"),
         ([*RETURNS[:-1], "good"], r"rewards\[9\] is 'good'"),
         ([*RETURNS[:-1], []], r"rewards\[9\] is \[\]"),

@@ -111,6 +111,7 @@ def test_cut_weights_of_any_model_are_one_sentence(tmp_path: Path) -> None:
     ("arguments", "error", "message"),
     [
         ({"prompts": "hello", "reward_fn": len}, DataError, "prompts is 'hello': expected a list"),
+        ({"prompts": [], "reward_fn": len}, DataError, "prompts is empty"),
         ({"samples": "abc"}, DataError, "samples is 'abc': expected a list"),
         ({"pairs": {"a": 1}}, DataError, "pairs is .*: expected a list"),
         ({"prompts": ["hello"], "reward_fn": 3}, ConfigError, "reward_fn is 3: expected a function"),

@@ -146,7 +146,8 @@ def over_optimisation_figure(run: Run) -> Html | None:
     its samples (plain gains where that was not logged for both). Axis: Gao et al. 2022, arXiv:2210.10760.
     """
     kl = dict(run.metrics.get("rollout/kl_per_sequence_nats", ()))
-    names = {"rollout/score": "proxy: the reward model", "rollout/gold_utility": "gold: true utility"}
+    # Gold first, as among the judges of win rates: each has one colour on the page.
+    names = {"rollout/gold_utility": "gold: true utility", "rollout/score": "proxy: the reward model"}
     logged = [name for name in names if f"{name}/mean" in run.metrics]
     spreads = {name: _first_spread(run.metrics.get(f"{name}/std", ())) for name in logged}
     scaled = all(spreads.values())
