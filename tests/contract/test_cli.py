@@ -177,7 +177,8 @@ def test_a_row_that_cannot_be_used_is_named_by_file_and_line(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     append(workplace / "pairs.jsonl", '{"prompt": "ask", "chosen": "yes"}\n')
-    assert "pairs.jsonl:31" in refused(capsys, "sft", "recipe.yaml")
+    message = refused(capsys, "sft", "recipe.yaml")
+    assert "pairs.jsonl:31" in message and "only the good rows with --set data.lenient=true" in message
     assert main(["sft", "recipe.yaml", "--dry-run", "--set", "data.lenient=true"]) == 0
 
 

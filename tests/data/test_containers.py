@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import tracemalloc
 from pathlib import Path
 
@@ -132,6 +133,17 @@ def test_streamed_arrays_hold_what_json_loads_finds(tmp_path_factory, values, ch
     assert json.dumps(read) == json.dumps(values)
 
 
+@pytest.mark.parametrize("number", ["0.5", "1e5", "-1E+22"])
+def test_a_number_may_be_cut_anywhere_between_two_pieces(
+    tmp_path: Path, number: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_stream, "CHUNK_BYTES", 1)
+    path = tmp_path / "a.json"
+    path.write_text(f"[{number}, {number}]")
+    with path.open("rb") as stream:
+        assert [value for _, value, _ in json_stream.json_values(path, stream, 1 << 20)] == [float(number)] * 2
+
+
 @pytest.mark.parametrize("name", ["big.json", "big.jsonl", "big.csv"])
 def test_memory_is_bounded_by_the_row_and_not_by_the_file(tmp_path: Path, name: str) -> None:
     row = json.dumps({"prompt": "word " * 2000})
@@ -169,7 +181,6 @@ REFUSED = {
     "UTF-16 without a mark": ("a.jsonl", '{"prompt": "hello there"}\n'.encode("utf-16-le"), "UTF-16"),
     "UTF-32": ("a.json", "[{}]".encode("utf-32"), "UTF-32"),
     "GB18030": ("a.jsonl", '{"prompt": "说一个质数"}\n{"prompt": "再说一个"}\n'.encode("gb18030"), "GB18030"),
-    "Latin-1": ("a.csv", "prompt\ncafé crème\ndéjà vu\n".encode("latin-1"), "Latin-1"),
     "a zip archive": ("a.csv", b"PK\x03\x04rest", "zip archive"),
     "zstandard": ("a.jsonl.zst", b"\x28\xb5\x2f\xfdrest", "zstd -d"),
     "a broken Parquet file": ("a.parquet", b"PAR1 nothing of the kind PAR1", "Parquet file is damaged"),
@@ -211,6 +222,57 @@ def test_a_file_that_is_not_what_it_claims_gets_one_clear_sentence(tmp_path: Pat
         with pytest.raises(DataError, match=message) as error:
             read_groups(path, lenient=lenient)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+CHINESE = {
+    "short": '{"prompt":"你好","completion":"世界"}',
+    "two characters": '{"prompt": "你好"}\n',
+    "lines": '{"prompt": "说一个质数"}\n{"prompt": "再说一个"}\n',
+    "one line among ASCII": '{"prompt": "hi"}\n{"prompt": "你好"}\n{"prompt": "ok"}\n',
+    "array": '[{"prompt": "请问，这是什么？", "completion": "这是一本书。"}]',
+}
+TAIWANESE = {
+    "short": '{"prompt":"你好","completion":"世界"}',
+    "lines": '{"prompt": "請說一個質數"}\n{"prompt": "這是什麼？"}\n',
+    "array": '[{"prompt": "我們現在要做什麼，你知道嗎？", "completion": "不知道。"}]',
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "codec", "name"),
+    [(text, "gbk", "GB18030") for text in CHINESE.values()] + [(text, "big5", "BIG5") for text in TAIWANESE.values()],
+)
+def test_chinese_in_its_own_encodings_is_recognised_in_short_files(
+    tmp_path: Path, text: str, codec: str, name: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(text.encode(codec))
+    with pytest.raises(DataError, match=f"probably {name} .*iconv -f {name} -t UTF-8 a.jsonl"):
+        read_groups(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "where"),
+    [
+        ("prompt\ncafé crème\ndéjà vu\n".encode("latin-1"), "2: byte 0xe9 at column 4"),
+        ('{"prompt": "Äpfel und Öl für Ärzte"}'.encode("latin-1"), "1: byte 0xc4 at column 13"),
+        ('{"prompt": "안녕하세요 세계"}'.encode("euc-kr"), "1: byte 0xbe at column 13"),
+        ('{"prompt": "素数を一つ言ってください"}'.encode("euc-jp"), "1: byte 0xc1 at column 13"),
+        ('{"prompt": "素数を一つ言ってください"}'.encode("shift-jis"), "1: byte 0x91 at column 13"),
+        ('{"prompt": "Привет, как дела"}'.encode("cp1251"), "1: byte 0xcf at column 13"),
+        ('{"prompt": "Привет, как дела"}'.encode("koi8-r"), "1: byte 0xf0 at column 13"),
+        (bytes(range(1, 256)), "2: byte 0x80 at column 118"),
+        (random.Random(0).randbytes(4000), r"\d+: byte 0x.. at column \d+"),
+    ],
+)
+def test_other_bytes_are_said_not_to_be_utf8_and_where_and_nothing_is_guessed(
+    tmp_path: Path, content: bytes, where: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"a\.jsonl:{where} is not UTF-8") as error:
+        read_groups(path)
+    assert "probably" not in str(error.value) and "iconv" not in str(error.value)
 
 
 def test_a_missing_file_names_the_nearest_one(tmp_path: Path) -> None:

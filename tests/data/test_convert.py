@@ -35,6 +35,21 @@ GOOD, BAD = group(("good", "label", True)), group(("bad", "label", False))
 ONE_SCORE = group(("a", "score", 1.0))
 SFT = Group(PROMPT, (Completion((Message("assistant", "a"),)),))
 TEXT = Group((), SFT.completions)
+ONE_RANK = group(("a", "rank", 0))
+DIALOGUE = Group(
+    PROMPT,
+    (
+        Completion(
+            tuple(Message(role, "y") for role in ("assistant", "user", "assistant", "tool", "user", "assistant"))
+        ),
+    ),
+)
+CONTRADICTION = Group(
+    PROMPT, tuple(replace(c, score=float(c.rank or 0)) for c in group(("a", "rank", 0), ("b", "rank", 1)).completions)
+)
+ALONE = "judged answers that are alone with their prompt: one answer cannot be compared"
+LATER = "later turns by user (a prompt ends before the first answer)"
+AGAINST = "pairs whose scores contradict their order"
 
 
 def texts(groups: tuple[Group, ...]) -> list[str]:
@@ -55,7 +70,12 @@ def texts(groups: tuple[Group, ...]) -> list[str]:
         ([SCORED], "pairs", ["high mid", "high low", "mid low"], {}),
         ([LABELLED], "pairs", ["good bad"], {}),
         ([PAIR, SFT], "pairs", ["a b"], {"answers without a rank, score or label": 1}),
-        ([PAIR, ONE_SCORE], "pairs", ["a b"], {"judged answers with no other answer to the prompt in the same row": 1}),
+        ([PAIR, ONE_SCORE], "pairs", ["a b"], {ALONE: 1}),
+        ([PAIR, ONE_RANK], "pairs", ["a b"], {ALONE: 1}),
+        ([DIALOGUE, SFT], "prompts", ["", ""], {LATER: 2}),
+        ([replace(PAIR, completions=DIALOGUE.completions * 2)], "prompts", [""], {LATER: 2}),
+        ([PAIR, CONTRADICTION], "pairs", ["a b"], {AGAINST: 1}),
+        ([PAIR, replace(PAIR, margin=-1.0)], "ranked", ["a b"], {AGAINST: 1}),
         ([RANKED, TIE], "ranked", ["c a b b2"], {"ties": 1}),
         ([SCORED], "ranked", ["low high mid"], {}),
         ([PAIR, TIE, RANKED], "rated", ["a b"], {"ties": 1, "groups without scores or labels": 1}),
@@ -174,7 +194,7 @@ def groups(draw: st.DrawFn) -> Group:
     return Group(
         tuple(prompt),
         tuple(completions),
-        margin=draw(st.none() | st.floats(-5, 5)),
+        margin=draw(st.none() | st.floats(0, 5)),
         soft_label=draw(st.none() | st.floats(0, 1)),
         reference=draw(st.none() | LETTERS),
     )

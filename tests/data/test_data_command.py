@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -123,10 +124,57 @@ def test_an_impossible_conversion_writes_nothing(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_convert_can_replace_its_own_input(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "a.jsonl", PAIR)
-    assert command("convert", path, path, "--to", "prompts") == 0
-    assert read_groups(path).groups[0].kind == "prompts"
+@pytest.mark.parametrize("kind", ["its input", "another file", "a folder", "a link to nothing"])
+def test_convert_replaces_nothing(tmp_path: Path, kind: str) -> None:
+    path, out = write_lines(tmp_path / "a.jsonl", PAIR, BAD), tmp_path / "out.jsonl"
+    if kind == "its input":
+        out = path
+    elif kind == "another file":
+        out.write_text("before")
+    elif kind == "a folder":
+        out.mkdir()
+    else:
+        out.symlink_to(tmp_path / "nothing")
+    before = sorted(tmp_path.iterdir()), path.read_bytes()
+    with pytest.raises(DataError, match=r"(a|out)\.jsonl: it is there already.*: give another name") as refused:
+        command("convert", path, out, "--to", "prompts")
+    assert refused.value.exit_code == 2 and "\n" not in str(refused.value)
+    assert (sorted(tmp_path.iterdir()), path.read_bytes()) == before
+
+
+def test_convert_looks_at_the_output_before_it_reads_the_input(tmp_path: Path) -> None:
+    (tmp_path / "out.jsonl").write_text("before")
+    with pytest.raises(DataError, match="it is there already"):
+        command("convert", tmp_path / "nothing.jsonl", tmp_path / "out.jsonl", "--to", "prompts")
+
+
+def test_convert_to_prompts_counts_the_later_turns_of_dialogues(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = [{"from": who, "value": "x"} for who in ("human", "gpt") * 3]
+    path = write_lines(tmp_path / "a.jsonl", {"conversations": said}, {"conversations": said[:4]})
+    assert command("convert", path, tmp_path / "out.jsonl", "--to", "prompts") == 0
+    assert "left out: 3 later turns by user (a prompt ends before the first answer)" in capsys.readouterr().err
+
+
+def test_advice_about_bad_rows_is_for_the_command_that_reads(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", PAIR, BAD)
+    with pytest.raises(DataError, match="keep only the good rows with --lenient") as said:
+        command("convert", path, tmp_path / "out.jsonl", "--to", "pairs")
+    assert "data.lenient" not in str(said.value)
+    with pytest.raises(DataError, match=r"keep only the good rows with --set data\.lenient=true") as said:
+        read_groups(path)
+    assert "--lenient" not in str(said.value)
+
+
+def test_a_path_that_is_neither_file_nor_folder_is_called_what_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert command("check", "/dev/null", tmp_path / "pipe.jsonl") == 2
+    said = capsys.readouterr().out
+    assert "/dev/null: this is a device, not a file" in said and "pipe.jsonl: this is a pipe, not a file" in said
+    assert "folder holds" not in said
 
 
 def test_stats_prints_tables_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,6 +185,20 @@ def test_stats_prints_tables_and_json(tmp_path: Path, capsys: pytest.CaptureFixt
     assert command("stats", path, "--json") == 0
     row = json.loads(capsys.readouterr().out)
     assert (row["format"], row["groups"], row["kinds"]) == ("pairs", 3, {"pairs": 3})
+
+
+def test_stats_of_a_file_with_bad_rows_name_the_first_and_return_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_lines(tmp_path / "a.jsonl", PAIR, BAD, BAD)
+    assert command("stats", path) == 2
+    said = capsys.readouterr().out
+    assert f"{path}:2: chosen: found empty text" in said and "1 pairs" in said and ":3:" not in said
+    assert f"1 more rows (`accord data check {path}`" in " ".join(said.split())
+    assert command("stats", path, "--json") == 2
+    row = json.loads(capsys.readouterr().out)
+    assert (row["problem_count"], row["groups"]) == (2, 1)
+    assert (row["problems"][0]["line"], row["problems"][0]["field"]) == (2, "chosen")
 
 
 def test_stats_of_a_file_without_usable_rows_is_an_error(tmp_path: Path) -> None:

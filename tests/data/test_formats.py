@@ -289,6 +289,17 @@ def test_scored_lists_are_rated(tmp_path: Path) -> None:
     assert group.kind == "rated" and [c.score for c in group.completions] == [3.0, 7.0]
 
 
+def test_scores_may_tell_tied_ranks_apart_and_tie_where_ranks_differ(tmp_path: Path) -> None:
+    row = {"prompt": "x", "responses": ["a", "b", "c"], "ranks": [1, 1, 2], "scores": [2, 3, 2]}
+    (group,) = read(tmp_path, row).groups
+    assert [(c.rank, c.score) for c in group.completions] == [(0, 2.0), (0, 3.0), (1, 2.0)]
+
+
+def test_a_response_alone_keeps_its_rank(tmp_path: Path) -> None:
+    (group,) = read(tmp_path, {"prompt": "x", "responses": [{"text": "a", "rank": 1}]}).groups
+    assert (group.kind, group.completions[0].rank) == ("sft", 0)
+
+
 def test_a_list_with_a_rank_missing_is_a_problem(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"responses\[1\]\.rank: found nothing"):
         read(tmp_path, {"prompt": "x", "responses": [{"text": "a", "rank": 0}, {"text": "b"}]})

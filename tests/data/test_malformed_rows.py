@@ -16,6 +16,16 @@ from accord.errors import DataError
 PAIR = {"prompt": "Name a prime.", "chosen": "7", "rejected": "8"}
 CHAT = {"messages": [user("Name a prime."), assistant("7")]}
 TALK = {"prompt": "Name a prime.", "completion": "7", "score": 1.0}
+LIST = {"prompt": "Name a prime.", "responses": [{"text": "7", "rank": 0}, {"text": "8", "rank": 1}]}
+SUMMED = {
+    "info": {"subreddit": "a", "title": "b", "post": "c"},
+    "summaries": [{"text": "d"}, {"text": "e"}],
+    "choice": 1,
+}
+OWN = {
+    "prompt": [user("Name a prime.")],
+    "completions": [{"messages": [assistant("7")], "rank": 0}, {"messages": [assistant("8")], "rank": 1}],
+}
 HH = {"chosen": "\n\nHuman: hi\n\nAssistant: yes", "rejected": "\n\nHuman: hi\n\nAssistant: no"}
 
 # name: (a good row, the bad row, field, what was found)
@@ -49,6 +59,32 @@ BAD = {
     "null prompt": (PAIR, PAIR | {"prompt": None}, "prompt", "nothing"),
     "negative margin": (PAIR, PAIR | {"margin": -1}, "margin", "-1"),
     "scores against the choice": (PAIR, PAIR | {"score_chosen": 1, "score_rejected": 2}, "margin", "-1"),
+    "scores against the choice beside a margin": (
+        PAIR,
+        PAIR | {"margin": 1, "score_chosen": 1, "score_rejected": 5},
+        "rejected",
+        "score 5",
+    ),
+    "scores against the ranks": (
+        LIST,
+        {"prompt": "p", "responses": [{"text": t, "score": s, "rank": s - 1} for t, s in (("a", 1), ("b", 2))]},
+        "responses[1]",
+        "score 2",
+    ),
+    "columns of scores against the ranks": (
+        LIST,
+        {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [3, 1, 2], "scores": [1, 1, 5]},
+        "responses[2]",
+        "score 5",
+    ),
+    "own scores against the ranks": (
+        OWN,
+        OWN | {"completions": [item | {"score": item["rank"]} for item in OWN["completions"]]},
+        "completions[1]",
+        "score 1",
+    ),
+    "own negative margin": (OWN, OWN | {"margin": -1}, "margin", "-1"),
+    "choice true": (SUMMED, SUMMED | {"choice": True}, "choice", "True"),
     "margin in words": (PAIR, PAIR | {"margin": "big"}, "margin", 'the text "big"'),
     "other schema": (PAIR, CHAT, "chosen", "nothing"),
     "richer schema": ({"prompt": "a"}, PAIR, "row", "a row of the format pairs"),

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from io import StringIO
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 import templates_support as support
+from accord.config import Recipe
 from accord.data.templates import Template
 from accord.data.tldr import tldr_prompt
 from accord.data.tokenise import Dropped, Tokenised, tokenise_groups
 from accord.errors import DataError
+from accord.methods.context import Context, tokenised
+from accord.methods.corpus import Corpus
 from accord.records import Completion, Group, Message, Origin, TokenGroup
 
 SYSTEM = Message("system", "be brief")
@@ -43,6 +48,10 @@ def tokens(
 
 def prompt_text(group: TokenGroup, name: str = "chatml") -> str:
     return template(name).tokenizer.decode(list(group.prompt_ids))
+
+
+def longest_prompt(group: Group) -> int:
+    return len(template("chatml").prompt_ids(group.prompt))
 
 
 def longest(group: TokenGroup) -> int:
@@ -125,6 +134,26 @@ def test_a_long_tldr_post_loses_lines_and_keeps_what_asks_for_the_summary() -> N
     result = tokens(Group((Message("user", post),)), name="raw", max_prompt_tokens=limit)
     assert prompt_text(result.groups[0], "raw") == tldr_prompt("one", "the title", "line one\nline two")
     assert result.truncated_prompts == 1
+
+
+def test_what_the_prompts_lost_is_counted_by_part() -> None:
+    post = Group((Message("user", tldr_prompt("one", "the title", "line one\nline two\nline three")),))
+    cut = tokens(post, post, Group((QUESTION,)), max_prompt_tokens=longest_prompt(post) - 1)
+    assert cut.cuts == (("the end of their post", 2),)
+    dialogue, question = Group((*OLD_TURNS, QUESTION)), Group((QUESTION,))
+    limit = longest_prompt(question) - 3
+    assert tokens(dialogue, question, max_prompt_tokens=limit).cuts == (("their oldest part", 2),)
+    assert tokens(dialogue, max_prompt_tokens=limit, truncate_prompt="end").cuts == (("their end", 1),)
+    turns_lost = tokens(dialogue, max_prompt_tokens=limit + 3, truncate_prompt="end")
+    assert turns_lost.cuts == (("their oldest part", 1),)
+
+
+def test_a_stage_says_what_the_prompts_lost() -> None:
+    post = Group((Message("user", tldr_prompt("one", "the title", "line one\nline two\nline three")),))
+    said = StringIO()
+    context = Context(Recipe.model_validate({"name": "x"}), Corpus(), Console(file=said))
+    tokenised(context, [post], template("chatml"), "posts", max_prompt_tokens=longest_prompt(post) - 1)
+    assert said.getvalue().strip() == "1 of 1 prompts of posts are too long and lost the end of their post"
 
 
 def test_all_completions_of_a_group_share_one_shortened_prompt() -> None:

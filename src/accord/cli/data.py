@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,10 +46,12 @@ formats, detected from the rows (force one with --format):
   accord data convert labels.csv good.jsonl --to sft            the desirable answers only
   accord data convert scored.parquet prompts.jsonl.gz --to prompts --lenient
 
-The output is JSON Lines (.jsonl or .jsonl.gz). It appears complete or not at all.""",
+The output is JSON Lines (.jsonl or .jsonl.gz). It appears complete or not at all, and replaces nothing.""",
     "stats": """examples:
   accord data stats preferences.jsonl
   accord data stats preferences.jsonl --json
+
+exit code: 0 when all rows are usable, 2 otherwise; the figures are those of the usable rows.
 
 Watch for: duplicate prompts, chosen answers that are mostly the longer ones, labels that are nearly all alike.""",
 }
@@ -173,13 +176,17 @@ def _problem_row(problem: Problem) -> dict[str, object]:
 def _show_check(console: Console, path: Path, scanned: Scan | None, message: str | None) -> None:
     if scanned is not None:
         _show_reading(console, path, scanned)
-        for problem in scanned.problems[:SHOWN_PROBLEMS]:
-            console.print(f"  {escape(str(problem))}", style="yellow", highlight=False, soft_wrap=True)
-        if scanned.problem_count > SHOWN_PROBLEMS:
-            rest = scanned.problem_count - SHOWN_PROBLEMS
-            console.print(f"  ... and {rest} more rows (--json lists the first {MAX_PROBLEMS})", style="yellow")
+        _show_problems(console, scanned, SHOWN_PROBLEMS, f"--json lists the first {MAX_PROBLEMS}")
     if message is not None:
         console.print(escape(message), style="red", highlight=False, soft_wrap=True)
+
+
+def _show_problems(console: Console, scanned: Scan, shown: int, where_more: str) -> None:
+    for problem in scanned.problems[:shown]:
+        console.print(f"  {escape(str(problem))}", style="yellow", highlight=False, soft_wrap=True)
+    if scanned.problem_count > shown:
+        more = f"  ... and {scanned.problem_count - shown} more rows ({where_more})"
+        console.print(escape(more), style="yellow", highlight=False, soft_wrap=True)
 
 
 def _show_reading(console: Console, path: Path, scanned: Scan) -> None:
@@ -198,6 +205,8 @@ def _show_reading(console: Console, path: Path, scanned: Scan) -> None:
 
 
 def _convert(args: argparse.Namespace) -> int:
+    if os.path.lexists(args.output):
+        raise DataError(f"{args.output}: it is there already, and convert replaces nothing: give another name.")
     to: GroupKind = args.to
     scanned = scan(args.input, format=args.format, fields=_mapping(args.map))
     dropped, kinds, written = Counter[str](), Counter[GroupKind](), 0
@@ -206,7 +215,7 @@ def _convert(args: argparse.Namespace) -> int:
             write(group)
             written += 1
         if scanned.problem_count and (not args.lenient or not scanned.usable):
-            raise DataError(scanned.refusal())
+            raise DataError(scanned.refusal(keep_good="--lenient"))
         if not written:
             raise DataError(f"{args.input}: {nothing_fits(to, dropped, kinds)}")
     console = screen(stderr=True)
@@ -227,15 +236,16 @@ def _stats(args: argparse.Namespace) -> int:
     stats = data_stats(scanned)
     if not scanned.usable:
         raise DataError(scanned.refusal())
+    exit_code = DataError.exit_code if scanned.problem_count else 0
     if args.json:
-        reading = {"file": str(args.file), "format": scanned.format, "rows": scanned.rows, "usable": scanned.usable}
-        print(json.dumps(reading | stats.as_dict()))
-        return 0
+        print(json.dumps(_check_row(args.file, scanned, None) | stats.as_dict()))
+        return exit_code
     console = screen()
     _show_reading(console, args.file, scanned)
+    _show_problems(console, scanned, 1, f"`accord data check {args.file}` lists them")
     console.print(_summary(stats))
     console.print(_distributions(stats))
-    return 0
+    return exit_code
 
 
 def _summary(stats: DataStats) -> Table:

@@ -114,7 +114,8 @@ class DataConfig(Section):
     max_prompt_tokens: int | None = Field(
         None,
         ge=1,
-        description="Longest prompt in tokens; longer ones lose their oldest part. Unset: no limit of its own.",
+        description="Longest prompt in tokens; longer ones lose their oldest part, TL;DR prompts the end of their "
+        "post. Unset: no limit of its own.",
     )
 
 

@@ -17,6 +17,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import BinaryIO
 
+from accord.data.encodings import refuse_other_encodings
 from accord.data.json_stream import JsonReader, json_values
 from accord.data.problems import UnusableRow
 from accord.errors import DataError
@@ -56,6 +57,11 @@ def parts_of(path: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = get_close_matches(path.name, siblings, n=1)
         raise DataError(f"{path}: there is no such file." + (f" Did you mean {path.parent / near[0]}?" if near else ""))
+    if not path.is_dir():
+        kind = "pipe" if path.is_fifo() else "socket" if path.is_socket() else "device"
+        raise DataError(
+            f"{path}: this is a {kind}, not a file or folder. Data is read more than once: save it to a file."
+        )
     visible = sorted(
         p
         for p in path.rglob("*")
@@ -150,41 +156,11 @@ def _refuse_what_is_not_data(path: Path, head: bytes) -> None:
         raise DataError(
             f"{path}: this is XML or other markup, not data. Expected JSON, JSON Lines, CSV, Parquet or text."
         )
-    _refuse_other_encodings(path, head)
+    refuse_other_encodings(path, head, whole=len(head) < HEAD_BYTES)
     if not start:
         raise DataError(
             f"{path}: the file is empty ({len(head)} bytes of white space)." if head else f"{path}: the file is empty."
         )
-
-
-def _refuse_other_encodings(path: Path, head: bytes) -> None:
-    def refuse(name: str, code: str) -> None:
-        raise DataError(
-            f"{path}: the text is {name}, not UTF-8. Convert it: iconv -f {code} -t UTF-8 {path.name} > new-file"
-        )
-
-    if head.startswith((b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff")):
-        refuse("UTF-32", "UTF-32")
-    half = len(head) // 2
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or (
-        half > 8 and max(head[::2].count(0), head[1::2].count(0)) > 0.6 * half
-    ):
-        refuse("UTF-16", "UTF-16")
-    lines = [line for line in head.split(b"\n")[: -1 if len(head) == HEAD_BYTES else None] if not line.isascii()]
-    # One bad line in a good file is that row's problem; a file with no good line at all is another encoding.
-    if lines and not any(_is_utf8(line) for line in lines) and (len(lines) > 1 or head.count(b"\n") <= 1):
-        chinese = b"\n".join(lines).decode("gb18030", "replace")
-        common = sum("一" <= char <= "鿿" for char in chinese)
-        is_chinese = common > 0.2 * len(chinese) and "�" not in chinese
-        refuse("probably GB18030 (Chinese)", "GB18030") if is_chinese else refuse("probably Latin-1", "WINDOWS-1252")
-
-
-def _is_utf8(line: bytes) -> bool:
-    try:
-        line.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _kind(path: Path, head: bytes) -> str:

@@ -79,7 +79,11 @@ def convert_groups(
     rule = _RULES[to]
     for group in groups:
         kinds[group.kind] += 1
-        yield from (replace(made, origin=group.origin) for made in rule(group, dropped))
+        for made in rule(group, dropped):
+            if made.margin is not None and made.margin < 0:
+                dropped["pairs whose scores contradict their order"] += 1
+            else:
+                yield replace(made, origin=group.origin)
 
 
 def nothing_fits(to: GroupKind, dropped: Counter[str], kinds: Counter[GroupKind]) -> str:
@@ -97,6 +101,9 @@ def _to_prompts(group: Group, dropped: Counter[str]) -> tuple[Group, ...]:
     if not group.prompt:
         dropped["texts without a prompt"] += 1
         return ()
+    later = [sum(message.role == "user" for message in item.messages) for item in group.completions]
+    if any(later):
+        dropped["later turns by user (a prompt ends before the first answer)"] += max(later)
     reference = group.reference
     if (
         reference is None
@@ -135,11 +142,12 @@ def _ranked(group: Group, dropped: Counter[str]) -> Group | None:
     completions = group.completions
     if group.kind in ("pairs", "ranked"):
         return group
-    if group.kind != "rated":
+    judged = group.kind == "rated" or any(item.rank is not None for item in completions)
+    if not judged:
         dropped["answers without a rank, score or label" if completions else "prompts without an answer"] += 1
         return None
     if len(completions) < 2:
-        dropped["judged answers with no other answer to the prompt in the same row"] += 1
+        dropped["judged answers that are alone with their prompt: one answer cannot be compared"] += 1
         return None
     values = [item.score if item.score is not None else item.label for item in completions]
     if any(value is None for value in values) or len({item.score is None for item in completions}) > 1:

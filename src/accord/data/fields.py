@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 
 from accord.data.hh import is_transcript_prompt, parse_transcript
 from accord.data.problems import UnusableRow, describe
@@ -15,6 +16,7 @@ __all__ = [
     "PROMPT_FIELDS",
     "Row",
     "check_order",
+    "check_scores",
     "completion",
     "desirable",
     "number",
@@ -260,6 +262,25 @@ def completion(
         found = f"a last turn by {messages[-1].role}" if messages else "no answer"
         raise UnusableRow(field, found, "a last turn by assistant", "Add the answer or drop the unanswered turn.")
     return Completion(tuple(messages), rank=rank, score=score, label=label)
+
+
+def check_scores(completions: Sequence[Completion], fields: Sequence[str]) -> None:
+    """Ranks and scores must not contradict each other: an answer of worse rank has no higher score. `fields` names
+    the answers."""
+    judged = sorted(
+        (item.rank, item.score, field)
+        for item, field in zip(completions, fields, strict=True)
+        if item.rank is not None and item.score is not None
+    )
+    limit, better = math.inf, ""
+    for _, group in groupby(judged, key=lambda item: item[0]):
+        tied = list(group)
+        _, score, field = tied[-1]
+        if score > limit:
+            found = f"score {score:g} for an answer that is ranked below {better}"
+            fix = "Correct the ranks (the lowest is the best) or the scores (the highest is the best)."
+            raise UnusableRow(field, found, f"{limit:g} or less, the score of {better}", fix)
+        _, limit, better = tied[0]
 
 
 def split_dialogue(messages: Sequence[Message], *, judged: bool) -> tuple[tuple[Message, ...], tuple[Message, ...]]:

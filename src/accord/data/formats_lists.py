@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from accord.data.fields import Row, check_order, completion, desirable, number, prompt_of, text
+from accord.data.fields import Row, check_order, check_scores, completion, desirable, number, prompt_of, text
 from accord.data.formats_pairs import ANSWER_PAIRS, judged_pair, parse_verdict
 from accord.data.problems import UnusableRow, describe
 from accord.records import Group, Message
@@ -53,16 +53,14 @@ def read_ranked(row: Row) -> tuple[Group, ...]:
         ranks, scores = _column(items, _RANK_FIELDS, field), _column(items, _SCORE_FIELDS, field)
     if ranks is None and scores is None:
         row.left_out["(lists of answers without ranks or scores are read as demonstrations)"] += 1
-    places = dense_ranks(ranks) if ranks is not None and len(ranks) > 1 else [None] * len(spoken)
-    return (
-        Group(
-            prompt,
-            tuple(
-                completion(prompt, answer, f"{field}[{i}]", rank=place, score=scores[i] if scores else None)
-                for i, (answer, place) in enumerate(zip(spoken, places, strict=True))
-            ),
-        ),
+    places = dense_ranks(ranks) if ranks is not None else [None] * len(spoken)
+    names = [f"{field}[{i}]" for i in range(len(spoken))]
+    completions = tuple(
+        completion(prompt, answer, name, rank=place, score=scores[i] if scores else None)
+        for i, (answer, name, place) in enumerate(zip(spoken, names, places, strict=True))
     )
+    check_scores(completions, names)
+    return (Group(prompt, completions),)
 
 
 def _beside(row: Row, names: tuple[str, ...], count: int) -> list[float] | None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from accord.data.fields import PROMPT_FIELDS, Row, completion, number, prompt_of, text, turns_or_text
+from accord.data.fields import PROMPT_FIELDS, Row, check_scores, completion, number, prompt_of, text, turns_or_text
 from accord.data.hh import split_pair
 from accord.data.problems import UnusableRow, describe
 from accord.data.tldr import tldr_prompt
@@ -103,6 +103,7 @@ def judged_pair(
     if verdict.winner is not None and pair[0].messages == pair[1].messages:
         found = f"the same text as in {fields[0]}"
         raise UnusableRow(fields[1], found, "two different answers", "Delete the row: it prefers an answer to itself.")
+    check_scores(pair, fields)
     pair.sort(key=lambda item: item.rank or 0)
     return Group(tuple(prompt), tuple(pair), margin=verdict.margin, soft_label=verdict.soft_label)
 
@@ -187,7 +188,7 @@ def read_comparison(row: Row) -> tuple[Group, ...]:
     summaries, choice = row.get("summaries"), row.get("choice")
     if not isinstance(summaries, list) or len(summaries) != 2:
         raise UnusableRow("summaries", describe(summaries), "a list of two summaries", "Correct the row.")
-    if choice not in (0, 1):
+    if choice not in (0, 1) or isinstance(choice, bool):
         raise UnusableRow("choice", describe(choice), "0 or 1, the index of the better summary", "Correct the choice.")
     fields = ("summaries[0].text", "summaries[1].text")
     answers = [

@@ -175,8 +175,8 @@ def _next_value(reader: JsonReader, buffer: _Buffer, max_bytes: int) -> tuple[in
             raise DataError(f"{buffer.path}:{at}: {what}; nothing after it can be read. Repair the file.") from error
         except (RecursionError, ValueError) as error:
             raise DataError(f"{buffer.path}:{line}: {_absurd(error).found}. Repair the row.") from error
-        if end == len(buffer.text) and not buffer.ended and not isinstance(value, dict | list | str):
-            buffer.grow()  # a number at the buffer's end may go on
+        if end + len("e+") >= len(buffer.text) and not buffer.ended and not isinstance(value, dict | list | str):
+            buffer.grow()  # a number at the buffer's end may go on: 1 of "1." or "1e+" is a whole number
             continue
         buffer.position = end
         return line, value, problem

@@ -61,7 +61,7 @@ def read_groups(
     scanned = scan(path, format=format, fields=fields)
     groups = tuple(scanned)
     if scanned.problem_count and (not lenient or not groups):
-        raise DataError(scanned.refusal())
+        raise DataError(scanned.refusal(keep_good="--set data.lenient=true"))
     fingerprint = _fingerprint(scanned.parts)
     return ReadResult(
         groups,
@@ -189,8 +189,8 @@ class Scan:
         files = [f"{part.path.name}: {note}" for part in self._containers for note in part.notes]
         return (*self._notes, *files, *left_out_notes(self._left_out))
 
-    def refusal(self) -> str:
-        """The sentence (and the first problems) for an error."""
+    def refusal(self, *, keep_good: str | None = None) -> str:
+        """The sentence (and the first problems) for an error; `keep_good` is what keeps the other rows."""
         shown = [f"  {problem}" for problem in self.problems[:SHOWN_PROBLEMS]]
         more = self.problem_count - len(shown)
         return "\n".join(
@@ -199,9 +199,9 @@ class Scan:
                 f"{self.description}).",
                 *shown,
                 *([f"  ... and {more} more; `accord data check {self.path}` lists them."] if more else []),
-                "Repair them, or keep only the good rows with --lenient (in a recipe: data.lenient: true)."
+                "Repair them" + (f", or keep only the good rows with {keep_good}." if keep_good else ".")
                 if self.usable
-                else "No row is usable. If the columns have other names, use --map field=path.",
+                else "No row is usable. If the columns have other names, use --map field=path (in a recipe: `map`).",
             ]
         )
 
@@ -281,7 +281,8 @@ def _detect(container: Container, sample: list[object], mapping: Mapping[str, st
         raise DataError(f"{container.path}: the rows are no objects with named fields but {describe(sample[0])}.")
     raise DataError(
         f"{container.path}: no known format. {_columns(sample)} Expected one of: {', '.join(f.name for f in FORMATS)} "
-        "(see docs/data-formats.md). If they mean the same, name them: --map prompt=COLUMN --map completion=COLUMN."
+        "(see docs/data-formats.md). If they mean the same, name them: --map prompt=COLUMN --map completion=COLUMN "
+        "(in a recipe: `map`)."
     )
 
 

@@ -5,6 +5,7 @@ Only prompts are ever shortened; an answer is kept whole or its group is left ou
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -35,14 +36,19 @@ class Tokenised:
 
     groups             the token groups, in the order of their sources
     sources            for each token group, the index of the group it was made from (a dialogue may give several)
-    truncated_prompts  how many token groups have a shortened prompt
+    cuts               what prompts that were too long have lost, and in how many token groups
     dropped            what could not be used
     """
 
     groups: tuple[TokenGroup, ...]
     sources: tuple[int, ...]
-    truncated_prompts: int
+    cuts: tuple[tuple[str, int], ...]
     dropped: tuple[Dropped, ...]
+
+    @property
+    def truncated_prompts(self) -> int:
+        """How many token groups have a shortened prompt."""
+        return sum(count for _, count in self.cuts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,20 +88,20 @@ def tokenise_groups(
     kept: list[TokenGroup] = []
     sources: list[int] = []
     dropped: list[Dropped] = []
-    truncated = 0
+    cuts = Counter[str]()
     for index, group in enumerate(groups):
         try:
             for example in _examples(group, template):
                 try:
-                    token_group, was_cut = _fit(example, template, limits)
+                    token_group, cut = _fit(example, template, limits)
                     kept.append(_count_all(token_group) if loss_on == "all" else token_group)
                     sources.append(index)
-                    truncated += was_cut
+                    cuts.update([cut] if cut else [])
                 except _Unusable as error:
                     dropped.append(Dropped(index, group.origin, str(error)))
         except DataError as error:
             raise DataError(f"{_where(index, group.origin)}: {error}") from error
-    return Tokenised(tuple(kept), tuple(sources), truncated, tuple(dropped))
+    return Tokenised(tuple(kept), tuple(sources), tuple(cuts.items()), tuple(dropped))
 
 
 class _Unusable(Exception):
@@ -127,8 +133,8 @@ def _is_learnt(message: Message) -> bool:
     return message.role == "assistant" and message.learn
 
 
-def _fit(group: Group, template: Template, limits: _Limits) -> tuple[TokenGroup, bool]:
-    """The group's tokens, and whether its prompt had to be shortened; its completions are whole."""
+def _fit(group: Group, template: Template, limits: _Limits) -> tuple[TokenGroup, str | None]:
+    """The group's tokens, and what its prompt lost if it had to be shortened; its completions are whole."""
     if group.completions and not any(_is_learnt(message) for c in group.completions for message in c.messages):
         raise _Unusable("nothing to learn: no turn of the assistant, or only turns with a loss weight of 0.")
     if not all(template.keeps_turns(group.prompt, completion.messages) for completion in group.completions):
@@ -145,14 +151,15 @@ def _fit(group: Group, template: Template, limits: _Limits) -> tuple[TokenGroup,
             f"Set max_tokens above {longest}, or shorten the completion."
         )
     if len(whole.prompt_ids) <= room:
-        return whole, False
-    prompt = _shortened(group.prompt, template, room, limits.truncate_prompt)
-    if prompt is None:
+        return whole, None
+    shortened = _shortened(group.prompt, template, room, limits.truncate_prompt)
+    if shortened is None:
         raise _Unusable(
             f"the prompt has {len(whole.prompt_ids)} tokens and cannot be shortened to {room}: its system message and "
             "the template alone take more. Raise max_tokens or max_prompt_tokens."
         )
-    return _token_group(group, prompt, template), True
+    prompt, cut = shortened
+    return _token_group(group, prompt, template), cut
 
 
 def _token_group(group: Group, prompt: tuple[Message, ...], template: Template) -> TokenGroup:
@@ -162,14 +169,15 @@ def _token_group(group: Group, prompt: tuple[Message, ...], template: Template) 
 
 def _shortened(
     prompt: Sequence[Message], template: Template, room: int, side: Literal["start", "end"]
-) -> tuple[Message, ...] | None:
-    """The prompt within `room` tokens: system messages, then the newest turns, then a part of the oldest one left."""
+) -> tuple[tuple[Message, ...], str] | None:
+    """The prompt within `room` tokens (system messages, then the newest turns, then a part of the oldest one left),
+    and what it lost."""
     system = tuple(message for message in prompt if message.role == "system")
     turns = tuple(message for message in prompt if message.role != "system")
     tails = [turns[i:] for i, message in enumerate(turns) if message.role == "user"]  # templates want a user first
     for tail in tails:
         if len(template.prompt_ids((*system, *tail))) <= room:
-            return (*system, *tail)
+            return (*system, *tail), "their oldest part"
     if not tails:
         return None
     first, *rest = tails[-1]
@@ -182,7 +190,7 @@ def _shortened(
 
     shorter_post = fit_tldr_prompt(first.content, fits)
     if fits(shorter_post):
-        return with_text(shorter_post)
+        return with_text(shorter_post), "the end of their post"
 
     def part(length: int) -> str:
         return first.content[-length:] if side == "start" else first.content[:length]
@@ -194,7 +202,8 @@ def _shortened(
             fitting = middle
         else:
             too_long = middle
-    return with_text(part(fitting)) if fitting else None
+    lost = "their oldest part" if side == "start" else "their end"
+    return (with_text(part(fitting)), lost) if fitting else None
 
 
 def _count_all(group: TokenGroup) -> TokenGroup:

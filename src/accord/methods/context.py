@@ -271,10 +271,8 @@ def tokenised(
     data = context.recipe.data
     arguments = {"max_tokens": data.max_tokens, "max_prompt_tokens": data.max_prompt_tokens, "loss_on": "assistant"}
     result = tokenise_groups(groups, template, **(arguments | limits))
-    if result.truncated_prompts:
-        context.say(
-            f"{result.truncated_prompts} of {len(groups)} prompts of {what} are too long and lost their oldest part"
-        )
+    for part, count in result.cuts:
+        context.say(f"{count} of {len(groups)} prompts of {what} are too long and lost {part}")
     if result.dropped:
         context.say(f"{len(result.dropped)} of {len(groups)} {what} left out; the first: {result.dropped[0]}")
     if groups and not result.groups:
