@@ -158,6 +158,13 @@ def test_dialogues_without_a_common_prompt_are_problems(tmp_path: Path, row: dic
         read(tmp_path, row)
 
 
+def test_a_pair_may_say_how_likely_its_chosen_answer_is_preferred(tmp_path: Path) -> None:
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    (certain,) = read(tmp_path, row).groups
+    (likely,) = read(tmp_path, row | {"soft_label": 0.8}).groups
+    assert (certain.soft_label, likely.soft_label) == (None, 0.8)
+
+
 def test_scores_of_both_answers_give_the_margin(tmp_path: Path) -> None:
     row = {"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 8.5, "score_rejected": 6}
     (group,) = read(tmp_path, row).groups

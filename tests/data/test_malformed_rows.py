@@ -58,6 +58,7 @@ BAD = {
     "no prompt": (PAIR, {"chosen": "7", "rejected": "8"}, "prompt", "nothing"),
     "null prompt": (PAIR, PAIR | {"prompt": None}, "prompt", "nothing"),
     "negative margin": (PAIR, PAIR | {"margin": -1}, "margin", "-1"),
+    "a soft label that is no probability": (PAIR, PAIR | {"soft_label": 1.2}, "soft_label", "1.2"),
     "scores against the choice": (PAIR, PAIR | {"score_chosen": 1, "score_rejected": 2}, "margin", "-1"),
     "scores against the choice beside a margin": (
         PAIR,

@@ -21,6 +21,7 @@ __all__ = [
     "desirable",
     "number",
     "prompt_of",
+    "soft_label_of",
     "split_dialogue",
     "text",
     "turns",
@@ -116,6 +117,16 @@ def text(value: object, field: str) -> str:
         half = f"half of a surrogate pair (\\u{ord(value[error.start]):04x}) at character {error.start + 1}"
         raise UnusableRow(field, half, "whole characters", "Restore the character or delete the row.") from error
     return value
+
+
+def soft_label_of(row: Row) -> float | None:
+    """The probability that the first answer is the preferred one, where the row has it."""
+    if not row.has("soft_label"):
+        return None
+    soft_label = number(row.get("soft_label"), "soft_label")
+    if not 0.0 <= soft_label <= 1.0:
+        raise UnusableRow("soft_label", f"{soft_label:g}", "a probability in [0, 1]", "Correct it.")
+    return soft_label
 
 
 def number(value: object, field: str) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from accord.data.fields import Row, check_scores, desirable, number, text, turns
+from accord.data.fields import Row, check_scores, desirable, number, soft_label_of, text, turns
 from accord.data.problems import UnusableRow, describe
 from accord.records import Completion, Group, Message
 
@@ -39,9 +39,7 @@ def read_canonical(row: Row) -> tuple[Group, ...]:
         for index, item in enumerate(completions if isinstance(completions, list) else [])
     )
     check_scores(read, [f"completions[{index}]" for index in range(len(read))])
-    soft_label = number(row.get("soft_label"), "soft_label") if row.has("soft_label") else None
-    if soft_label is not None and not 0.0 <= soft_label <= 1.0:
-        raise UnusableRow("soft_label", f"{soft_label:g}", "a probability in [0, 1]", "Correct it.")
+    soft_label = soft_label_of(row)
     margin = number(row.get("margin"), "margin") if row.has("margin") else None
     if margin is not None and margin < 0:
         raise UnusableRow("margin", f"{margin:g}", "0 or more: rank 0 is the better answer", "Correct it or the ranks.")

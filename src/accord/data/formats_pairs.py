@@ -6,7 +6,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from accord.data.fields import PROMPT_FIELDS, Row, check_scores, completion, number, prompt_of, text, turns_or_text
+from accord.data.fields import (
+    PROMPT_FIELDS,
+    Row,
+    check_scores,
+    completion,
+    number,
+    prompt_of,
+    soft_label_of,
+    text,
+    turns_or_text,
+)
 from accord.data.hh import split_pair
 from accord.data.problems import UnusableRow, describe
 from accord.data.tldr import tldr_prompt
@@ -131,7 +141,8 @@ def _two_answers(row: Row, first: str, second: str) -> tuple[tuple[Message, ...]
 
 
 def read_pair(row: Row) -> tuple[Group, ...]:
-    """prompt/chosen/rejected in all its spellings; a margin column or two score columns give the margin."""
+    """prompt/chosen/rejected in all its spellings; a margin column or two score columns give the margin, a soft_label
+    column how likely it is that chosen is preferred."""
     fields = row.name(*CHOSEN_FIELDS), row.name(*REJECTED_FIELDS)
     prompt, chosen, rejected = _two_answers(row, *fields)
     margin = number(row.get("margin"), "margin") if row.has("margin") else None
@@ -148,7 +159,8 @@ def read_pair(row: Row) -> tuple[Group, ...]:
         raise UnusableRow(
             "margin", f"{margin:g}", "0 or more: chosen is the better answer", "Swap the answers or the scores."
         )
-    return (judged_pair(prompt, chosen, rejected, Verdict(0, margin), fields, scores=(scores[0], scores[1])),)
+    verdict = Verdict(0, margin, soft_label_of(row))
+    return (judged_pair(prompt, chosen, rejected, verdict, fields, scores=(scores[0], scores[1])),)
 
 
 def read_hh(row: Row) -> tuple[Group, ...]:
