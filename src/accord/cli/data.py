@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -57,7 +58,7 @@ Watch for: duplicate prompts, chosen answers that are mostly the longer ones, la
 }
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(subparsers: Any) -> None:
     """Add `data` and its commands; each sets `run` to the function that does it."""
     data = _command(subparsers, "data", "check, convert and count data files")
     commands = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
