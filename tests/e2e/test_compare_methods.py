@@ -32,6 +32,7 @@ def test_every_method_has_its_evidence_and_its_price(finished: Path) -> None:
     for row in methods:
         assert 0 <= row["win_rate"]["low"] <= row["win_rate"]["high"] <= 1 and row["win_rate"]["n"] == 20
     assert all(row["seconds"] > 0 and row["peak_memory_mb"] > 100 and row["gold"]["n"] == 20 for row in (sft, *methods))
+    assert sorted(text.split()[0] for text in summary["account"]) == ["dpo", "orpo"]
     assert "What each method made of its distance" in (finished / "report.html").read_text(encoding="utf-8")
 
 

@@ -75,7 +75,7 @@ def run_comparison(
     context = _context(recipe, console)
     evaluation = STAGES["evaluate"](context)
     rows = _rows(context.root, methods, evaluation)
-    write_overview(context, {"methods": rows, "curves": [_figure(rows)], "seed": seed})
+    write_overview(context, {"account": _account(rows), "methods": rows, "curves": [_figure(rows)], "seed": seed})
     console.print(_table(rows))
     return json.loads((context.root / "summary.json").read_bytes())
 
@@ -166,15 +166,32 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: row[key] for key in ("value", "low", "high", "n") if key in row}
 
 
+def _account(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The table in words, the best first: what the report begins with."""
+    compared = [(row["win_rate"], row) for row in rows if row["win_rate"]]
+    return [
+        f"{row['method']} wins {win['value']:.1%} against sft (95% interval {win['low']:.1%} to {win['high']:.1%}, judged "
+        f"by the true utility), at a distance of {_distance(row)} nats; {row['seconds']:.0f} seconds, "
+        f"{row['peak_memory_mb']:,.0f} MB."
+        for win, row in sorted(compared, key=lambda pair: -pair[0]["value"])
+    ]
+
+
+def _distance(row: Mapping[str, Any]) -> str:
+    if row["kl"]:
+        return f"{row['kl']['value']:.2f}"
+    return f"at most {row['kl_bound']:.2f}" if row["kl_bound"] is not None else "-"
+
+
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table("method", "gold win rate over SFT, 95%", "gold utility", "KL, nats", "seconds", "peak MB")
     for row in rows:
-        win, kl = row["win_rate"], row["kl"]
+        win = row["win_rate"]
         table.add_row(
             row["method"],
             f"{win['value']:.1%}  [{win['low']:.1%}, {win['high']:.1%}]" if win else "-",
             f"{row['gold']['value']:+.3f}  [{row['gold']['low']:+.3f}, {row['gold']['high']:+.3f}]",
-            f"{kl['value']:.2f}" if kl else f"at most {row['kl_bound']:.2f}" if row["kl_bound"] is not None else "-",
+            _distance(row),
             f"{row['seconds']:.0f}",
             f"{row['peak_memory_mb']:.0f}",
         )
