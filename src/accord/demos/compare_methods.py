@@ -170,8 +170,8 @@ def _account(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The table in words, the best first: what the report begins with."""
     compared = [(row["win_rate"], row) for row in rows if row["win_rate"]]
     return [
-        f"{row['method']} wins {win['value']:.1%} against sft (95% interval {win['low']:.1%} to {win['high']:.1%}, judged "
-        f"by the true utility), at a distance of {_distance(row)} nats; {row['seconds']:.0f} seconds, "
+        f"{row['method']} wins {win['value']:.1%} against sft (95% interval {win['low']:.1%} to {win['high']:.1%}, "
+        f"judged by the true utility), at a distance of {_distance(row)} nats; {row['seconds']:.0f} seconds, "
         f"{row['peak_memory_mb']:,.0f} MB."
         for win, row in sorted(compared, key=lambda pair: -pair[0]["value"])
     ]
