@@ -26,7 +26,7 @@ quickstart: $(INSTALLED)
 
 test: $(TOOLS)
 	$(BIN)/ruff check src tests scripts
-	$(BIN)/python -m pytest -n logical --dist loadfile
+	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 
 # The losses against TRL's, on the same inputs; `make test` runs these too once TRL is there.
 differential: $(TOOLS)

@@ -30,8 +30,8 @@ PAIRED: dict[str, tuple[str, ...]] = {
     "ipo": (*DPO, "dpo.loss=ipo", "dpo.beta=0.1"),
     # Without a reference the optimum is exp(optimality / beta) alone, and there are many bad walks.
     "cpo": (*DPO, "dpo.loss=cpo", "dpo.beta=0.1"),
-    # It lowers the better walks too, only less.
-    "apo_down": (*DPO, "dpo.loss=apo_down", "dpo.beta=1", "dpo.learning_rate=1e-4", "dpo.epochs=4"),
+    # It lowers the better walks too, only less: without imitation the policy would forget how to walk.
+    "apo_down": (*DPO, "dpo.loss=apo_down", "dpo.beta=1", "dpo.learning_rate=1e-4", "dpo.sft_coef=1"),
     "orpo": ORPO,
     "kto": KTO,
     "bco": (*KTO, "kto.loss=bco"),
