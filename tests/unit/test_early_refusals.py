@@ -53,6 +53,10 @@ def test_what_a_function_or_a_finished_stage_scores_needs_no_reward_section(tmp_
     check_names(recipe(grpo={}, out=str(tmp_path)), ["grpo"])
 
 
+def test_a_model_that_an_earlier_stage_of_the_run_will_make_is_not_refused(tmp_path: Path) -> None:
+    check_names(recipe(dpo={}, ppo={"init": str(tmp_path / "dpo/model")}, reward={}, out=str(tmp_path)), ["dpo", "ppo"])
+
+
 @pytest.mark.parametrize(("stage", "section"), [("orpo", {}), ("dpo", {"loss": "apo_zero"})])
 def test_soft_labels_that_a_loss_cannot_take_are_refused_before_training(stage: str, section: dict[str, Any]) -> None:
     corpus = Corpus(preferences=Part.of(pairs(soft_label=0.8), "pairs"))

@@ -103,7 +103,7 @@ def check_names(recipe: Recipe, stages: list[str], given: Collection[str] = ()) 
         for key in ("init", "reward_model"):
             named = getattr(section, key, None)
             if named is not None:
-                check_model_path(named)
+                _check_model(recipe, named)
         scored = recipe.reward is not None or (recipe.root / "reward" / "summary.json").exists()
         if isinstance(section, SamplingFields) and not (
             scored or section.reward_model or section.reward_function or f"{stage}.reward_function" in given
@@ -120,13 +120,19 @@ def nothing_scores(stage: str) -> ConfigError:
     )
 
 
+def _check_model(recipe: Recipe, path: str) -> None:
+    """As `check_model_path`, but for a folder that an earlier stage of this run may still make."""
+    if not Path(path).absolute().is_relative_to(recipe.root.absolute()):
+        check_model_path(path)
+
+
 def _check_evaluated(recipe: Recipe, section: EvaluateConfig) -> None:
     """The models of an evaluation are stages, or paths; what they are compared against is one of them."""
     for name in section.models:
         if name == BEST_OF_N and recipe.bestofn is None:
             raise ConfigError(f"`evaluate.models` names {name!r}, which is no stage of this recipe")
         if name not in ("base", BEST_OF_N, *POLICY_STAGES):
-            check_model_path(name)
+            _check_model(recipe, name)
     names = section.models or ("base", BEST_OF_N, *POLICY_STAGES)
     for key, value in (("against", section.against), ("reference", section.reference)):
         if value is not None and value not in names:
