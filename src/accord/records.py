@@ -158,10 +158,14 @@ class ScoreRequest:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What a scorer says. A failure is a value with an error, never a silent 0."""
+    """What a scorer says. A failure is a value with an error, never a silent 0.
+
+    members  the scores of an ensemble's members, whose mean is `value`; empty = one judge
+    """
 
     value: float | None
     error: str | None = None
+    members: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

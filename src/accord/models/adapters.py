@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from accord.atomic import new_folder
 from accord.errors import ConfigError, TrainingError
-from accord.models.heads import scalar_head
+from accord.models.heads import average_heads, score_head
 
 __all__ = [
     "adapters_off",
@@ -79,7 +79,7 @@ def add_adapter(model: Any, *, rank: int, alpha: float, targets: Sequence[str], 
             raise ConfigError(f"no adapter can be put into {type(model).__name__}: {error}") from error
     cast_adapter_dtype(model, _NAME)
     if has_head:
-        scalar_head(model).requires_grad_(True)
+        score_head(model).requires_grad_(True)
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -124,10 +124,12 @@ def plain_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def sharing_copy(model: Any) -> Any:
-    """A copy of a model with a scalar head that has a head of its own and shares all other weights: for an adapter,
-    which leaves those alone. So two models that start from one cost the memory of one."""
-    own = {id(parameter) for parameter in scalar_head(model).parameters()}
-    return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in own})
+    """A value model out of a reward model: a copy with a head of its own (the mean, of several) that shares all other
+    weights: for an adapter, which leaves those alone. So two models that start from one cost the memory of one."""
+    own = {id(parameter) for parameter in score_head(model).parameters()}
+    result = copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in own})
+    average_heads(result)
+    return result
 
 
 def save_adapter(model: Any, folder: Path, *, base: str) -> None:
@@ -143,7 +145,7 @@ def save_adapter(model: Any, folder: Path, *, base: str) -> None:
     config.target_modules = sorted(config.target_modules)  # a set has another order in every process
     tensors = get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False)
     if model.get_output_embeddings() is None:
-        tensors |= {f"score.{name}": tensor for name, tensor in scalar_head(model).state_dict().items()}
+        tensors |= {f"score.{name}": tensor for name, tensor in score_head(model).state_dict().items()}
     named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
     with new_folder(folder) as partial:
         config.save_pretrained(str(partial))

@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 from accord.atomic import new_folder
 from accord.errors import ConfigError
 from accord.models.adapters import has_adapter, plain_state
-from accord.models.heads import fill_head, scalar_head
+from accord.models.heads import average_heads, fill_head, scalar_head, score_head
 from accord.models.paths import check_model_path
 
 __all__ = [
@@ -107,19 +107,19 @@ def load_policy(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tupl
 
 
 def load_reward_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """(sequence classification model with one output, tokenizer), as `load_policy`."""
+    """(sequence classification model with one output or an ensemble's K, tokenizer), as `load_policy`."""
     model, tokenizer = _load(AutoModelForSequenceClassification, path, dtype)
-    scalar_head(model)
+    score_head(model)
     return model, tokenizer
 
 
-def reward_model_from(policy: Any, seed: int) -> Any:
-    """A reward model: a copy of the policy's trunk under a fresh scalar head (see `fill_head`).
+def reward_model_from(policy: Any, seed: int, *, heads: int = 1) -> Any:
+    """A reward model: a copy of the policy's trunk under fresh heads, a random start for each (see `fill_head`).
 
     Of a policy with an adapter it is the trunk without it, which nobody trains: it is shared instead of copied.
     """
     config = copy.deepcopy(policy.config)
-    config.num_labels = 1
+    config.num_labels = heads
     config.problem_type = "regression"
     config.architectures = None
     with torch.random.fork_rng(devices=[]):
@@ -149,11 +149,12 @@ def fresh_value_model(policy: Any) -> Any:
 
 
 def value_model_from(reward_model: Any) -> Any:
-    """A value model that starts as the reward model: an independent copy, all of it trainable.
+    """A value model that starts as the reward model (as the mean of its heads): an independent copy, all trainable.
 
     (One that gets an adapter need not be independent: see `sharing_copy`.)
     """
     model = copy.deepcopy(reward_model)
+    average_heads(model)
     model.requires_grad_(True)
     model.zero_grad(set_to_none=True)
     return model

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from accord.errors import ConfigError
-from accord.models.heads import scalar_head
+from accord.models.heads import scalar_head, score_head
 from accord.models.layout import CompletionBatch
 from accord.models.projection import LogitTransform, token_logprobs
 
 __all__ = [
     "TokenScores",
     "attention_window",
+    "head_scores",
     "last_hidden_states",
     "logit_transform",
     "predicting_states",
@@ -82,9 +83,14 @@ def score_values(value_model: Any, batch: CompletionBatch) -> Tensor:
     return spread(values.index_select(0, places), batch.valid_mask)
 
 
+def head_scores(reward_model: Any, batch: CompletionBatch) -> Tensor:
+    """(C, K) score of each completion by each head: the heads on the hidden state of its last token."""
+    return _at_least_float32(score_head(reward_model)(last_hidden_states(reward_model, batch)))
+
+
 def score_completions(reward_model: Any, batch: CompletionBatch) -> Tensor:
-    """(C,) score of each completion: the head on the hidden state of its last token."""
-    return _at_least_float32(scalar_head(reward_model)(last_hidden_states(reward_model, batch))[:, 0])
+    """(C,) score of each completion: the mean of its scores by the heads."""
+    return head_scores(reward_model, batch).mean(1)
 
 
 def last_hidden_states(model: Any, batch: CompletionBatch) -> Tensor:

@@ -18,7 +18,7 @@ from accord.data.templates import Template
 from accord.data.tokenise import tokenise_groups
 from accord.errors import ConfigError, RewardError
 from accord.models.layout import collate
-from accord.models.token_scores import score_completions
+from accord.models.token_scores import head_scores
 from accord.records import Completion, Group, Message, Score, ScoreRequest, content_id
 
 __all__ = ["FunctionScorer", "ModelScorer", "RewardFunction", "Scorer", "load_function", "values_of"]
@@ -39,7 +39,8 @@ class ModelScorer:
 
     The answer is rendered as a finished assistant turn, so the head reads the end-of-turn token it was trained on;
     whether the policy really finished is the missing-EOS penalty's business. Prompts that are too long lose their
-    oldest part, as when the reward model was trained; answers that do not fit are errors.
+    oldest part, as when the reward model was trained; answers that do not fit are errors. Of a model with several heads
+    the score is their mean, and its `members` are theirs.
     """
 
     def __init__(
@@ -67,10 +68,12 @@ class ModelScorer:
         for rows_of_pass in micro_batches(rows, lambda row: row[1].num_tokens, lambda _: 1, self._micro_batch_tokens):
             batch = collate([group for _, group in rows_of_pass], layout="plain", pad_id=self._template.pad_id)
             with torch.no_grad():
-                scores = score_completions(self._model, batch).tolist()
-            for (index, _), value in zip(rows_of_pass, scores, strict=True):
+                scores = head_scores(self._model, batch)
+            for (index, _), value, members in zip(rows_of_pass, scores.mean(1).tolist(), scores.tolist(), strict=True):
                 results[index] = (
-                    Score(value) if math.isfinite(value) else Score(None, f"the reward model returned {value}")
+                    Score(value, members=tuple(members) if len(members) > 1 else ())
+                    if math.isfinite(value)
+                    else Score(None, f"the reward model returned {value}")
                 )
         return results
 
