@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from rich.console import Console
 
 from accord.errors import Terminated
-from accord.training.loop import Captured, StepOutcome, run_training
+from accord.training.loop import Captured, Ended, StepOutcome, run_training
 from accord.training.runfolder import RunFolder
 
 
@@ -51,10 +52,15 @@ class Adder:
 
 
 def train(trainer: Adder, folder: Path) -> str:
+    """What is said."""
     text = io.StringIO()
-    with RunFolder.open(folder, resolved_config={"stage": "adder"}, fingerprints={}) as run:
-        run_training(trainer, run, Console(file=text, width=200))
+    ended(trainer, folder, Console(file=text, width=200))
     return text.getvalue()
+
+
+def ended(trainer: Adder, folder: Path, console: Console | None = None) -> Ended:
+    with RunFolder.open(folder, resolved_config={"stage": "adder"}, fingerprints={}) as run:
+        return run_training(trainer, run, console or Console(quiet=True))
 
 
 def logged(folder: Path) -> list[tuple[int, float]]:
@@ -119,3 +125,34 @@ def test_a_metric_that_is_no_number_this_step_is_left_out_of_the_line(tmp_path: 
     train(Unmeasured(total_steps=1), tmp_path)
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert row.keys() == {"step", "train/grad_norm", "time/step_seconds"}
+
+
+class Stopping(Adder):
+    """Its total exceeds a budget of 9 in step 4."""
+
+    def step(self, step: int) -> StepOutcome:
+        outcome = super().step(step)
+        return replace(outcome, ending="the total exceeded 9" if self.total > 9 else None)
+
+
+def test_a_step_that_ends_the_training_is_the_last_one_and_stays_it(tmp_path: Path) -> None:
+    assert ended(Stopping(), tmp_path) == Ended(4, "the total exceeded 9")
+    assert logged(tmp_path) == WHOLE[:4]
+    again = Stopping()
+    assert ended(again, tmp_path) == Ended(4, "the total exceeded 9")
+    assert again.seen == [1, 2, 3, 4]
+    assert logged(tmp_path) == WHOLE[:4]
+
+
+def test_a_training_that_runs_to_its_last_step_did_not_end_early(tmp_path: Path) -> None:
+    assert ended(Adder(), tmp_path) == ended(Adder(), tmp_path) == Ended(6)
+
+
+@pytest.mark.parametrize("signals", [("step", 4), ("save", 4)])
+def test_a_signal_during_the_step_that_ends_the_training_loses_no_ending(
+    tmp_path: Path, signals: tuple[str, int]
+) -> None:
+    with pytest.raises(Terminated, match="at adder step 4 of 6"):
+        train(Stopping(signals=signals), tmp_path)
+    assert ended(Stopping(), tmp_path) == Ended(4, "the total exceeded 9")
+    assert logged(tmp_path) == WHOLE[:4]

@@ -9,6 +9,7 @@ from accord.config import RolloutFields
 from accord.methods.context import headline
 from accord.methods.online import RATIO_TOLERANCE
 from accord.report.reading import Points, read_run
+from accord.training.loop import Ended
 from accord.training.runfolder import RunFolder
 
 __all__ = ["online_summary"]
@@ -23,18 +24,22 @@ class Online(Protocol):
     drift: float
 
 
-def online_summary(run: RunFolder, trainer: Online, section: RolloutFields, scorer: str) -> dict[str, Any]:
+def online_summary(
+    run: RunFolder, trainer: Online, section: RolloutFields, scorer: str, ended: Ended
+) -> dict[str, Any]:
     rows = read_run(run.path).metrics
     first, last = _end_mean(rows, -1), _end_mean(rows, 1)
     kl = last["rollout/kl_per_sequence_nats"]
     account = [
-        f"The policy wrote {trainer.total_steps * trainer.episodes_per_step:,} answers, scored by {scorer}. The mean "
+        f"The policy wrote {ended.steps * trainer.episodes_per_step:,} answers, scored by {scorer}. The mean "
         f"score went from {first['rollout/score/mean']:+.2f} to {last['rollout/score/mean']:+.2f}, at a distance of "
         f"{kl:.2f} nats per answer from the model it started from (KL, k1 estimator; first and last tenth of the run).",
         f"Answers went from {first['rollout/completion_tokens/mean']:.1f} to "
         f"{last['rollout/completion_tokens/mean']:.1f} tokens; {last['rollout/finished_fraction']:.1%} ended by "
         f"themselves.",
     ]
+    if ended.early is not None:
+        account.insert(0, f"Training stopped at step {ended.steps} of {trainer.total_steps}: {ended.early}.")
     if "rollout/gold_utility/mean" in last:
         account.append(
             f"The true utility, which training never saw, went from {first['rollout/gold_utility/mean']:+.2f} to "

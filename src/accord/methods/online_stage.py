@@ -78,8 +78,8 @@ def run_rollout_stage(
             f"{len(prompts)} prompts, {trainer.total_steps} rollouts of {section.prompts_per_step} prompts x "
             f"{section.samples_per_prompt} samples, {section.update_epochs} x {section.minibatches} updates each"
         )
-        run_training(trainer, run, context.console)
-        summary = online_summary(run, trainer, section, scorer.name)
+        ended = run_training(trainer, run, context.console)
+        summary = online_summary(run, trainer, section, scorer.name, ended)
         summary["account"] += data_note(part)
         policy.save(run.path / "model", model_card(context.recipe, stage, start, sources, summary))
         return summary

@@ -23,16 +23,34 @@ from accord.training.progress import StageProgress
 from accord.training.runfolder import RunFolder
 from accord.training.signals import GracefulStop
 
-__all__ = ["Captured", "StepOutcome", "Trainer", "run_training"]
+__all__ = ["Captured", "Ended", "StepOutcome", "Trainer", "run_training"]
+
+ENDING = "loop.ending"  # beside the trainer's values in a checkpoint: why no step follows it
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """What one step reports: metrics by registered name, samples for samples.jsonl, a short status for the bar."""
+    """What one step reports.
+
+    metrics  by registered name
+    status   a few words for the bar
+    samples  for samples.jsonl
+    ending   why this step is the last one, ahead of the trainer's total ("KL 12.3 exceeded the budget 12"); None = it
+             is not. It must follow from what survives a restart, as everything a step does.
+    """
 
     metrics: Mapping[str, float]
     status: str = ""
     samples: tuple[Mapping[str, Any], ...] = ()
+    ending: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How training ended: steps done, and why ahead of the trainer's total, None if not."""
+
+    steps: int
+    early: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,25 +76,27 @@ class Trainer(Protocol):
     def restore(self, captured: Captured) -> None: ...
 
 
-def run_training(trainer: Trainer, run: RunFolder, console: Console) -> None:
-    """Run `trainer` from its newest good checkpoint, or from the start, to its last step.
+def run_training(trainer: Trainer, run: RunFolder, console: Console) -> Ended:
+    """Run `trainer` from its newest good checkpoint, or from the start, to its last step or to one that ends it early.
 
     Raises: Terminated after saving when SIGTERM or SIGINT arrived.
     """
-    done = _resume(trainer, run, console)
+    done, early = _resume(trainer, run, console)
     with (
         GracefulStop() as stop,
         StageProgress(console, trainer.stage, trainer.total_steps, done) as progress,
     ):
-        for step in range(done + 1, trainer.total_steps + 1):
+        while done < trainer.total_steps and early is None:
+            step = done + 1
             started = time.monotonic()
             outcome = trainer.step(step)
             _record(run, step, outcome, time.monotonic() - started)
-            last = step == trainer.total_steps
+            early = outcome.ending
+            last = step == trainer.total_steps or early is not None
             # Read once: a signal between the two uses would claim a save that did not happen.
             stopping = stop.requested is not None
             if step % trainer.checkpoint_every == 0 or last or stopping:
-                _save(trainer, run, step)
+                _save(trainer, run, step, early)
             progress.advance(outcome.status)
             done = step
             if stopping:
@@ -88,20 +108,23 @@ def run_training(trainer: Trainer, run: RunFolder, console: Console) -> None:
             "the state is saved: run the same command again to continue",
             exit_code=128 + stop.requested,
         )
+    return Ended(done, early)
 
 
-def _resume(trainer: Trainer, run: RunFolder, console: Console) -> int:
+def _resume(trainer: Trainer, run: RunFolder, console: Console) -> tuple[int, str | None]:
+    """Steps done, and why no step follows them, None if one may."""
     loaded = load_latest(run.checkpoints)
     for note in loaded.notes:
         console.print(f"[yellow]{note}[/]", highlight=False)
     if loaded.snapshot is None:
         run.truncate_after(0)
-        return 0
+        return 0, None
     snapshot = loaded.snapshot
+    early = snapshot.values.pop(ENDING, None)
     trainer.restore(Captured(snapshot.tensors, snapshot.values))
     run.truncate_after(snapshot.step)
     console.print(f"  continuing {trainer.stage} after step {snapshot.step} of {trainer.total_steps}", highlight=False)
-    return snapshot.step
+    return snapshot.step, early
 
 
 def _record(run: RunFolder, step: int, outcome: StepOutcome, seconds: float) -> None:
@@ -114,7 +137,8 @@ def _record(run: RunFolder, step: int, outcome: StepOutcome, seconds: float) -> 
         run.append_samples(step, outcome.samples)
 
 
-def _save(trainer: Trainer, run: RunFolder, step: int) -> None:
+def _save(trainer: Trainer, run: RunFolder, step: int, early: str | None) -> None:
     captured = trainer.capture()
+    values = captured.values if early is None else {**captured.values, ENDING: early}
     run.sync()
-    save_checkpoint(run.checkpoints, Snapshot(step, captured.tensors, captured.values), keep=trainer.keep_checkpoints)
+    save_checkpoint(run.checkpoints, Snapshot(step, captured.tensors, values), keep=trainer.keep_checkpoints)
