@@ -74,7 +74,7 @@ class Part:
 
     groups        whose completions are in the batch, in its order
     rows          (C,) int64   where the completions stand in the rollout
-    mask          (C, T) bool  True = a real token
+    mask          (C, T) bool  True = a token the policy wrote: these alone count in a loss
     old_logprobs, ref_logprobs  (C, T) nats
     """
 
@@ -111,9 +111,9 @@ def parts(
         chosen = tuple(choice.groups[g] for g in indices)
         batch = collate(chosen, layout=models.layout, pad_id=pad_id)
         rows = torch.tensor([row for g in indices for row in choice.rows[g]])
-        width = batch.valid_mask.shape[1]
+        width = batch.completion_mask.shape[1]
         old, ref = rollout.old_logprobs[rows, :width], rollout.ref_logprobs[rows, :width]
-        yield Part(batch, chosen, rows, batch.valid_mask, old, ref)
+        yield Part(batch, chosen, rows, batch.completion_mask, old, ref)
 
 
 def ratio_deviation(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> float:

@@ -157,7 +157,7 @@ class OnlineTrainer:
         deviation = 0.0
         for part in parts(rollout, lesson.choice, groups, self._models, self._section):
             scores = score_tokens(
-                self._models.policy, part.batch, temperature=self._section.temperature, with_entropy=True
+                self._models.policy, part.batch, temperature=self._section.temperature, with_entropy=True, mask="loss"
             )
             loss, loss_sums = self._learner.loss(scores, part, lesson, size)
             loss.backward()

@@ -169,7 +169,9 @@ class PPOTrainer:
         deviation = 0.0
         for part in parts(rollout, everything, groups, self._models, section):
             batch, rows, mask, width = part.batch, part.rows, part.mask, part.mask.shape[1]
-            scores = score_tokens(self._models.policy, batch, temperature=section.temperature, with_entropy=True)
+            scores = score_tokens(
+                self._models.policy, batch, temperature=section.temperature, with_entropy=True, mask="loss"
+            )
             policy = ppo_policy_loss(
                 scores.logprobs, part.old_logprobs, advantages[rows, :width], mask,
                 clip_range=section.clip_range, num_tokens=count,

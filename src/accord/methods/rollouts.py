@@ -28,14 +28,14 @@ Prompt = tuple[Group, TokenGroup]
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """All completions of one step. C completions in group order, T tokens of the longest; masks True = a real token.
+    """All completions of one step. C completions in group order, T tokens of the longest.
 
     groups        token groups, each prompt with its sampled completions
     requests      the same completions as text, in the same order
     scores        (C,) what the scorer said; gold (C,) what the hidden truth says, None without one
     finished      (C,) bool, ended by a stop token
-    mask          (C, T) bool
-    old_logprobs, ref_logprobs  (C, T) nats
+    mask          (C, T) bool, True = a token the policy wrote; what others wrote in between is False
+    old_logprobs, ref_logprobs  (C, T) nats, 0 where the mask is False
     sampler_deviation  largest |p_sampler / p_old - 1| of a token: 0 when the old ones are the sampler's
     """
 
@@ -87,13 +87,13 @@ def collect(
         for (group, tokens), samples in zip(prompts, sampled, strict=True)
         for sample in samples
     )
-    mask = padded([[True] * len(s.ids) for s in flat], False)
+    mask = padded([list(c.mask) for group in groups for c in group.completions], False)
     sampled_logprobs = padded([list(s.logprobs) for s in flat], 0.0)
 
     def logprobs(model: Any) -> Tensor:
         return per_token(
             groups, models, section.micro_batch_tokens, mask.shape[1],
-            lambda batch: score_tokens(model, batch, temperature=section.temperature).logprobs,
+            lambda batch: score_tokens(model, batch, temperature=section.temperature, mask="loss").logprobs,
         )  # fmt: skip
 
     old = logprobs(models.policy) if section.old_logprobs == "recompute" else sampled_logprobs
