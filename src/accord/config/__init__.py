@@ -9,6 +9,7 @@ from accord.config.offline import (
     ORPOConfig,
     PairLoss,
     RewardConfig,
+    RougeConfig,
     SFTConfig,
 )
 from accord.config.online import (
@@ -59,6 +60,7 @@ __all__ = [
     "Recipe",
     "RewardConfig",
     "RolloutFields",
+    "RougeConfig",
     "SFTConfig",
     "SamplingFields",
     "ScratchConfig",

@@ -32,12 +32,13 @@ def contradictions(recipe: Recipe) -> list[str]:
         )
     for stage in Recipe.model_fields:
         section = getattr(recipe, stage)
-        room = getattr(section, "max_new_tokens", 0)
-        if room >= data.max_tokens:
-            problems.append(
-                f"`{stage}.max_new_tokens` = {room} leaves no room for a prompt within `data.max_tokens` = "
-                f"{data.max_tokens}"
-            )
+        for key, holder in ((stage, section), (f"{stage}.rouge", getattr(section, "rouge", None))):
+            room = getattr(holder, "max_new_tokens", 0)
+            if room >= data.max_tokens:
+                problems.append(
+                    f"`{key}.max_new_tokens` = {room} leaves no room for a prompt within `data.max_tokens` = "
+                    f"{data.max_tokens}"
+                )
         if isinstance(section, SamplingFields):
             problems.extend(_sampling(stage, section))
         if isinstance(section, RolloutFields):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from accord.config.sections import OfflineFields
+from accord.config.sections import OfflineFields, Section
 
 __all__ = [
     "MARGIN_FREE",
@@ -17,6 +17,7 @@ __all__ = [
     "ORPOConfig",
     "PairLoss",
     "RewardConfig",
+    "RougeConfig",
     "SFTConfig",
 ]
 
@@ -25,12 +26,23 @@ MARGIN_FREE: frozenset[PairLoss] = frozenset({"ipo", "apo_zero", "apo_down"})  #
 SOFT_LABEL_FREE = frozenset({"apo_zero", "apo_down", "orpo"})  # losses that take every label as certain
 
 
+class RougeConfig(Section):
+    """Answers the model writes to held-out prompts, measured by their ROUGE against the demonstrations."""
+
+    prompts: int = Field(128, ge=2, description="How many held-out demonstrations at most.")
+    max_new_tokens: int = Field(128, ge=1, description="Longest answer in tokens.")
+    temperature: float = Field(0.0, ge=0, description="Sampling temperature; 0 = greedy.")
+
+
 class SFTConfig(OfflineFields):
     """Supervised fine-tuning on demonstrations."""
 
     batch_size: int = Field(32, ge=1, description="Examples per optimiser step.")
     loss_on: Literal["assistant", "all"] = Field(
         "assistant", description="Which tokens count: only what the assistant wrote (end of turn included), or all."
+    )
+    rouge: RougeConfig | None = Field(
+        None, description="Write answers to held-out prompts at every evaluation. Unset: none are written."
     )
 
 

@@ -33,6 +33,11 @@ class EvaluateConfig(Section):
         None, description="Compare each model with this one. Unset: each with the one before it."
     )
     reference: str | None = Field(None, description="KL is measured to this model. Unset: the one compared against.")
+    against_references: bool = Field(
+        False,
+        description="Judge each model against the human reference answers too. Prompts without one are left out, and "
+        "counted.",
+    )
     prompts: int = Field(500, ge=2, description="How many held-out prompts at most.")
     max_new_tokens: int = Field(128, ge=1, description="Longest completion in tokens.")
     temperature: float = Field(1.0, ge=0, description="Sampling temperature; 0 = greedy.")

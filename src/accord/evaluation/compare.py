@@ -12,8 +12,9 @@ from torch import Tensor
 from accord.data.order import micro_batches
 from accord.data.templates import Template
 from accord.losses.kl import kl_k1
+from accord.measures.overlap import rouge_intervals
 from accord.measures.statistics import cluster_interval, paired_difference, sign_flip_p_value, win_rate
-from accord.measures.text import distinct_n, num_words, repetition, rouge
+from accord.measures.text import distinct_n, num_words, repetition
 from accord.methods.candidates import Drawing, draw, penalised
 from accord.models.ilql import ShapedPolicy
 from accord.models.layout import CompletionBatch, collate
@@ -173,13 +174,7 @@ def describe(answers: Answers, references: Sequence[str | None]) -> dict[str, In
         "eval/distinct_2": distinct_n(texts, 2),
         "eval/repetition": cluster_interval([repetition(text) for text in texts], prompts),
     }
-    known = [(t, r, p) for t, r, p in zip(texts, references, prompts, strict=True) if r]
-    if known:
-        scores = [rouge(text, reference) for text, reference, _ in known]
-        for name in ("rouge_1", "rouge_2", "rouge_l"):
-            values = [getattr(score, name) for score in scores]
-            facts[f"eval/{name}"] = cluster_interval(values, [p for _, _, p in known])
-    return facts
+    return facts | rouge_intervals(texts, references, prompts)
 
 
 def kl_to(reference: Contestant, model: Contestant, answers: Answers, *, temperature: float, budget: int) -> Interval:

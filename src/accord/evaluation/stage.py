@@ -22,6 +22,8 @@ from accord.evaluation.compare import (
     kl_to,
     reference_perplexity,
 )
+from accord.evaluation.references import HUMAN, human_answers, overlap_account
+from accord.measures.overlap import ROUGE_METRICS
 from accord.measures.selection import best_of_n_kl_bound
 from accord.measures.statistics import cluster_interval
 from accord.methods.catalogue import BEST_OF_N, POLICY_STAGES
@@ -36,6 +38,7 @@ from accord.methods.context import (
     weights_hash,
 )
 from accord.methods.corpus import Part, split_holdout
+from accord.methods.plan import check_compared, check_evaluated, with_references
 from accord.methods.roles import Judges, function_scorer, judges_of, model_scorer, starting_model
 from accord.models.ilql import ShapedPolicy, has_heads, load_heads
 from accord.models.load import load_reward_model
@@ -68,6 +71,11 @@ def run_evaluate(context: Context) -> dict[str, Any]:
     part = context.corpus.evaluation_prompts()
     groups = part.groups if part else split_holdout(context.corpus.all_prompts().groups, context.recipe.data.holdout)[1]
     part = part or context.corpus.all_prompts()
+    if section.against_references:
+        answered = with_references(groups)
+        if len(answered) < len(groups):
+            context.say(f"{len(groups) - len(answered)} of {len(groups)} prompts have no reference answer: left out")
+        groups = answered
     if len(groups) < 2:
         raise ConfigError(
             f"{len(groups)} held-out prompts are too few to evaluate on: raise `data.holdout`, or set `data.evaluation`"
@@ -107,13 +115,12 @@ def _models(context: Context, section: EvaluateConfig) -> dict[str, Path | str]:
         if context.recipe.bestofn is not None:
             found[BEST_OF_N] = starting_model(context, context.recipe.bestofn.init)
         return {name: folder for name, folder in found.items() if folder is not None}
+    check_evaluated(context.recipe, section)
     models: dict[str, Path | str] = {}
     for name in section.models:
         if name == "base":
             models[name] = base_folder(context)
-        elif name == BEST_OF_N:
-            if context.recipe.bestofn is None:
-                raise ConfigError(f"`evaluate.models` names {name!r}, which is no stage of this recipe")
+        elif name == BEST_OF_N and context.recipe.bestofn is not None:
             models[name] = starting_model(context, context.recipe.bestofn.init)
         elif name in POLICY_STAGES:
             folder = stage_model(context, name)
@@ -126,10 +133,8 @@ def _models(context: Context, section: EvaluateConfig) -> dict[str, Path | str]:
 
 
 def _pairs(section: EvaluateConfig, names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    for key, value in (("against", section.against), ("reference", section.reference)):
-        if value is not None and value not in names:
-            raise ConfigError(f"`evaluate.{key}` = {value!r} is not among the models evaluated: {', '.join(names)}")
-    if len(names) < 2:
+    check_compared(section, names)
+    if len(names) < 2 and not section.against_references:
         raise ConfigError(f"there is only one model to evaluate ({', '.join(names)}): a comparison needs two")
     if section.against is not None:
         return tuple((name, section.against) for name in names if name != section.against)
@@ -171,17 +176,22 @@ def _evaluate(
             answers[name] = answers_of(contestant, prompts[name], sampling, judges, ("evaluate", context.seed))
             progress.advance(name)
     asked = [group for group, _ in next(iter(prompts.values()))]
+    references = [group.reference for group in asked]
+    facts = {name: describe(answer, references) for name, answer in answers.items()}
+    _add_distances(section, contestants, answers, pairs, facts)
+    _add_perplexity(context, section, contestants, groups, facts)
+    overlaps = overlap_account(answers, references, pairs)
+    if section.against_references:
+        pairs += tuple((name, HUMAN) for name in answers)
+        answers[HUMAN], facts[HUMAN] = human_answers(asked, judges)
     run.truncate_after(0)
     run.append_samples(1, (row for answer in answers.values() for row in _rows(answer)))
     comparisons = [
         compare(answers[name], answers[base], judge, section.tie_margin) for name, base in pairs for judge in judges
     ]
-    references = [group.reference for group in asked]
-    facts = {name: describe(answer, references) for name, answer in answers.items()}
-    _add_distances(section, contestants, answers, pairs, facts)
-    _add_perplexity(context, section, contestants, groups, facts)
     _print(context, comparisons, answers, facts, judges)
-    return _summary(comparisons, answers, facts, judges, len(asked))
+    summary = _summary(comparisons, answers, facts, judges, len(asked))
+    return summary | {"account": summary["account"] + overlaps}
 
 
 def _common_prompts(
@@ -262,13 +272,23 @@ def _print(
             f"{c.ties:.1%}", f"{d.value:+.3f}  [{d.low:+.3f}, {d.high:+.3f}]", f"{c.p_value:.2g}", str(w.n),
         )  # fmt: skip
     context.console.print(table)
-    table = Table("model", *(f"mean {judge}" for judge in judges), "KL (k1) to its base", "tokens", "finished")
+    overlap = (
+        {"eval/rouge_1": "ROUGE-1", "eval/rouge_l": "ROUGE-L"}
+        if any(set(ROUGE_METRICS) & set(f) for f in facts.values())
+        else {}
+    )
+    table = Table(
+        "model", *(f"mean {judge}" for judge in judges), "KL (k1) to its base", "tokens", "finished", *overlap.values()
+    )
     for name, answer in answers.items():
         table.add_row(
             name,
             *(f"{sum(answer.scores[j]) / len(answer.scores[j]):+.3f}" for j in judges),
             _distance(facts[name]),
-            *(_value(facts[name][key]) for key in ("eval/completion_tokens/mean", "eval/finished_fraction")),
+            *(
+                _value(facts[name].get(key))
+                for key in ("eval/completion_tokens/mean", "eval/finished_fraction", *overlap)
+            ),
         )
     context.console.print(table)
 
@@ -280,7 +300,9 @@ def _distance(facts: dict[str, Interval | float]) -> str:
     return f"{kl.value:.2f}" if isinstance(kl, Interval) else ""
 
 
-def _value(fact: Interval | float) -> str:
+def _value(fact: Interval | float | None) -> str:
+    if fact is None:
+        return ""
     return f"{fact.value if isinstance(fact, Interval) else fact:.3g}"
 
 

@@ -29,7 +29,18 @@ from accord.methods.corpus import Corpus, Part, split_holdout
 from accord.models.paths import check_model_path
 from accord.records import Group
 
-__all__ = ["check_labels", "check_names", "check_prompts", "check_sizes", "num_parameters", "plan_table", "stages_of"]
+__all__ = [
+    "check_compared",
+    "check_evaluated",
+    "check_labels",
+    "check_names",
+    "check_prompts",
+    "check_sizes",
+    "num_parameters",
+    "plan_table",
+    "stages_of",
+    "with_references",
+]
 
 # fp32 bytes for each parameter: weights, gradient and AdamW's two moments while training; weights alone while frozen.
 TRAINED, FROZEN = 16, 4
@@ -110,7 +121,7 @@ def check_names(recipe: Recipe, stages: list[str], given: Collection[str] = ()) 
         ):
             raise nothing_scores(stage)
     if "evaluate" in stages and recipe.evaluate is not None:
-        _check_evaluated(recipe, recipe.evaluate)
+        check_evaluated(recipe, recipe.evaluate)
 
 
 def nothing_scores(stage: str) -> ConfigError:
@@ -126,14 +137,18 @@ def _check_model(recipe: Recipe, path: str) -> None:
         check_model_path(path)
 
 
-def _check_evaluated(recipe: Recipe, section: EvaluateConfig) -> None:
+def check_evaluated(recipe: Recipe, section: EvaluateConfig) -> None:
     """The models of an evaluation are stages, or paths; what they are compared against is one of them."""
     for name in section.models:
         if name == BEST_OF_N and recipe.bestofn is None:
             raise ConfigError(f"`evaluate.models` names {name!r}, which is no stage of this recipe")
         if name not in ("base", BEST_OF_N, *POLICY_STAGES):
             _check_model(recipe, name)
-    names = section.models or ("base", BEST_OF_N, *POLICY_STAGES)
+    check_compared(section, section.models or ("base", BEST_OF_N, *POLICY_STAGES))
+
+
+def check_compared(section: EvaluateConfig, names: Sequence[str]) -> None:
+    """Raises ConfigError where what the models are compared against is none of them."""
     for key, value in (("against", section.against), ("reference", section.reference)):
         if value is not None and value not in names:
             raise ConfigError(f"`evaluate.{key}` = {value!r} is not among the models evaluated: {', '.join(names)}")
@@ -167,7 +182,7 @@ def _sizes(recipe: Recipe, corpus: Corpus, stage: str) -> tuple[str, str]:
             check_labels(part.groups, getattr(section, "loss", stage))
         return _offline_sizes(part, section, stage, recipe.data.holdout)
     if stage == "evaluate":
-        return _evaluation_sizes(corpus, recipe.data.holdout), "-"
+        return _evaluation_sizes(corpus, section, recipe.data.holdout), "-"
     train, _ = split_holdout(corpus.all_prompts().groups, recipe.data.holdout)
     if isinstance(section, RolloutFields):
         check_prompts(stage, section, len(train))
@@ -200,11 +215,25 @@ def _offline_sizes(part: Part, section: OfflineFields, stage: str, holdout: floa
     return f"{len(train):,} {STAGES[stage].data}, {len(held_out):,} held out", f"{steps:,} of {section.batch_size}"
 
 
-def _evaluation_sizes(corpus: Corpus, holdout: float) -> str:
+def with_references(groups: Sequence[Group]) -> list[Group]:
+    """The prompts that people answered. Raises ConfigError when there is none."""
+    answered = [group for group in groups if group.reference]
+    if not answered:
+        raise ConfigError(
+            f"`evaluate.against_references` is set, and none of the {len(groups)} held-out prompts has a reference "
+            "answer: name a file of demonstrations as `data.prompts` or `data.evaluation`"
+        )
+    return answered
+
+
+def _evaluation_sizes(corpus: Corpus, section: EvaluateConfig, holdout: float) -> str:
     prompts = corpus.evaluation_prompts()
     if prompts is not None:
-        return f"{len(prompts.groups):,} prompts"
+        found = with_references(prompts.groups) if section.against_references else prompts.groups
+        return f"{len(found):,} prompts"
     _, held_out = split_holdout(corpus.all_prompts().groups, holdout)
+    if section.against_references:
+        held_out = with_references(held_out)
     if len(held_out) < 2:
         raise ConfigError(
             f"{len(held_out)} held-out prompts are too few to evaluate on: raise `data.holdout` (now {holdout}) or set "

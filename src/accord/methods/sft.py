@@ -29,6 +29,7 @@ from accord.methods.context import (
 )
 from accord.methods.corpus import split_holdout
 from accord.methods.offline import OfflineTrainer, PolicyLogprobs, Sums, group_passes
+from accord.methods.sft_rouge import RougeProbe, rouge_account
 from accord.models.layout import CompletionBatch, Layout, collate
 from accord.models.token_scores import score_tokens
 from accord.records import TokenGroup
@@ -93,13 +94,15 @@ def run_sft(context: Context) -> dict[str, Any]:
             )
         ]
         layout = choose_layout(context, policy.model, items, policy.pad_id)
+        probe = RougeProbe.of(context, policy, section.rouge, held_out)
 
         def measure() -> dict[str, float]:
             if not tests:
                 return {}
             rows = held_out_loss(policy.model, tests, layout, policy.pad_id, section.micro_batch_tokens)
             loss = sum(r[0] for r in rows) / max(1, sum(r[1] for r in rows))
-            return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
+            written = {} if probe is None else {name: found.value for name, found in probe.measure().items()}
+            return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))} | written
 
         trainer = OfflineTrainer(
             "sft", policy.model, items, section, section, SFTObjective(),
@@ -110,6 +113,10 @@ def run_sft(context: Context) -> dict[str, Any]:
         )
         run_training(trainer, run, context.console)
         summary = _summary(policy, section, items, tests, layout, trainer.total_steps)
+        if probe is not None:
+            written = probe.measure()
+            summary["headline"] += [headline(name, found) for name, found in written.items()]
+            summary["account"].append(rouge_account(written))
         summary["account"] += data_note(part)
         card = model_card(context.recipe, "sft", start, sources, summary)
         policy.save(run.path / "model", card)
