@@ -124,7 +124,7 @@ def test_a_metric_that_is_no_number_this_step_is_left_out_of_the_line(tmp_path: 
 
     train(Unmeasured(total_steps=1), tmp_path)
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
-    assert row.keys() == {"step", "train/grad_norm", "time/step_seconds"}
+    assert row.keys() == {"step", "train/grad_norm", "time/step_seconds", "time/step_cpu_seconds"}
 
 
 class Stopping(Adder):

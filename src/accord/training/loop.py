@@ -88,9 +88,13 @@ def run_training(trainer: Trainer, run: RunFolder, console: Console) -> Ended:
     ):
         while done < trainer.total_steps and early is None:
             step = done + 1
-            started = time.monotonic()
+            started, cpu_started = time.monotonic(), time.process_time()
             outcome = trainer.step(step)
-            _record(run, step, outcome, time.monotonic() - started)
+            clocks = {
+                "time/step_seconds": time.monotonic() - started,
+                "time/step_cpu_seconds": time.process_time() - cpu_started,
+            }
+            _record(run, step, outcome, clocks)
             early = outcome.ending
             last = step == trainer.total_steps or early is not None
             # Read once: a signal between the two uses would claim a save that did not happen.
@@ -127,8 +131,8 @@ def _resume(trainer: Trainer, run: RunFolder, console: Console) -> tuple[int, st
     return snapshot.step, early
 
 
-def _record(run: RunFolder, step: int, outcome: StepOutcome, seconds: float) -> None:
-    row = {**outcome.metrics, "time/step_seconds": seconds}
+def _record(run: RunFolder, step: int, outcome: StepOutcome, clocks: Mapping[str, float]) -> None:
+    row = {**outcome.metrics, **clocks}
     for name in row:
         metrics.check(name)
     # NaN is no JSON number: a metric without a value this step is left out of the line.
