@@ -126,6 +126,8 @@ _DECLARED = (
            "ILQL's imitation of the data; at awac_beta 0, the loss of plain SFT."),
     Metric("train/value_mean", "", "token mean", "neutral", "mean(V)",
            "The return that ILQL's value head expects, in standardised units if returns are standardised."),
+    Metric("train/updates", "updates", "sum", "neutral", "minibatches of the rollout that were learned from",
+           "Fewer than update_epochs * minibatches where `update_kl_stop` ended the update of a rollout early."),
     Metric("train/skipped_updates", "updates", "total", "down", "updates with a non-finite loss or gradient",
            "Updates thrown away because a number was not finite. Anything but 0 deserves a look."),
     Metric("train/accuracy", "fraction", "pair mean", "up",

@@ -57,6 +57,12 @@ class RolloutFields(SamplingFields, OptimiserFields):
     update_epochs: int = Field(1, ge=1, description="Passes over each rollout, each with a fresh shuffle.")
     minibatches: int = Field(1, ge=1, description="Optimiser updates per pass.")
     score_clip: float | None = Field(None, gt=0, description="Scores are clipped to +- this before anything else.")
+    kl_budget: float | None = Field(
+        None,
+        gt=0,
+        description="Nats per answer: a rollout further from the reference than this on average is not learned from "
+        "and ends the stage. Unset: no limit.",
+    )
     old_logprobs: Literal["recompute", "sampler"] = Field(
         "recompute",
         description="Log-probabilities of the rollout: computed once more by the trainer, so that the first ratio is "
@@ -88,7 +94,18 @@ class PPOConfig(PolicyGradientFields):
     kl_horizon: int = Field(10_000, ge=1, description="Episodes over which the adaptive controller acts.")
     gamma: float = Field(1.0, gt=0, le=1, description="Discount per token.")
     gae_lambda: float = Field(0.95, ge=0, le=1, description="Lambda of generalised advantage estimation.")
-    value_clip_range: float = Field(0.2, gt=0, description="Value predictions may move this far per update.")
+    value_clip_range: float | None = Field(
+        0.2, gt=0, description="Value predictions may move this far per update; null = as far as they like."
+    )
+    value_warmup: int = Field(
+        0, ge=0, description="First rollouts that teach the value model alone, while the policy stands still."
+    )
+    update_kl_stop: float | None = Field(
+        None,
+        gt=0,
+        description="Nats per token: once a minibatch finds the policy further than this from the one that sampled "
+        "(k3), it and the rest of the rollout are not learned from. Unset: no limit.",
+    )
     whiten_advantages: bool = Field(
         True, description="Scale advantages to zero mean and unit variance over the rollout."
     )

@@ -28,6 +28,7 @@ __all__ = [
     "Choice",
     "Part",
     "add_sums",
+    "kl_ending",
     "minibatches",
     "parts",
     "prompt_indices",
@@ -55,6 +56,14 @@ def shaped_scores(rollout: Rollout, section: RolloutFields) -> Tensor:
         rollout.scores if section.score_clip is None else rollout.scores.clamp(-section.score_clip, section.score_clip)
     )
     return scores - section.missing_eos_penalty * (~rollout.finished)
+
+
+def kl_ending(metrics: Mapping[str, float], section: RolloutFields) -> str | None:
+    """Why a rollout with these metrics is not learned from and ends the training; None if its KL is within budget."""
+    kl = metrics["rollout/kl_per_sequence_nats"]
+    if section.kl_budget is None or kl <= section.kl_budget:
+        return None
+    return f"KL {kl:.4g} nats per answer exceeded the budget of {section.kl_budget:g}"
 
 
 # --- from a rollout to forward passes --------------------------------------------------------------------------------
@@ -163,8 +172,10 @@ def step_outcome(
     *,
     score_seconds: float,
     update_seconds: float,
+    ending: str | None = None,
 ) -> StepOutcome:
-    """A step's report: `metrics` with progress and clocks, the status line, and samples when they are due."""
+    """A step's report: `metrics` with progress and clocks, the status line, and samples when they are due; `ending` if
+    training ends here, without having learned from this rollout."""
     seconds = rollout.generate_seconds + score_seconds + update_seconds
     progress = {
         "rollout/prompts": step * section.prompts_per_step,
@@ -176,8 +187,8 @@ def step_outcome(
         "system/peak_memory_mb": peak_memory_mb(),
     }
     status = f"score {metrics['rollout/score/mean']:+.2f}  KL {metrics['rollout/kl_per_sequence_nats']:.2f}"
-    due = step == 1 or step % section.samples_every == 0 or step == total_steps
-    return StepOutcome({**metrics, **progress}, status, samples_of(rollout) if due else ())
+    due = step == 1 or step % section.samples_every == 0 or step == total_steps or ending is not None
+    return StepOutcome({**metrics, **progress}, status, samples_of(rollout) if due else (), ending)
 
 
 def samples_of(rollout: Rollout) -> tuple[dict[str, Any], ...]:

@@ -20,6 +20,7 @@ from accord.methods.online import (
     Choice,
     Part,
     add_sums,
+    kl_ending,
     minibatches,
     parts,
     prompt_indices,
@@ -103,14 +104,15 @@ class OnlineTrainer:
         chosen = prompt_indices(step, section, len(self._prompts), self._seed, self.stage)
         rollout = collect(self._models, [self._prompts[i] for i in chosen], section, (self.stage, self._seed, step))
         lesson = self._learner.lesson(rollout)
-        started = time.monotonic()
-        update = self._update(step, rollout, lesson)
-        seconds = time.monotonic() - started
         kl = kl_k1(rollout.old_logprobs, rollout.ref_logprobs)
-        metrics = {**rollout_metrics(rollout, kl, lesson.rewards), **lesson.metrics, **update}
+        metrics = rollout_metrics(rollout, kl, lesson.rewards) | lesson.metrics
+        ending = kl_ending(metrics, section)
+        started = time.monotonic()
+        if ending is None:
+            metrics |= self._update(step, rollout, lesson)
         return step_outcome(
             step, self.total_steps, rollout, section, metrics,
-            score_seconds=rollout.score_seconds, update_seconds=seconds,
+            score_seconds=rollout.score_seconds, update_seconds=time.monotonic() - started, ending=ending,
         )  # fmt: skip
 
     def capture(self) -> Captured:

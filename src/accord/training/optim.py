@@ -84,6 +84,10 @@ class Optimiser:
             )
         return Update(norm, applied)
 
+    def discard(self) -> None:
+        """Throw the accumulated gradients away."""
+        self._adam.zero_grad(set_to_none=True)
+
     def tensors(self) -> dict[str, Tensor]:
         """AdamW's moments by parameter name, for the checkpoint."""
         state = self._adam.state
