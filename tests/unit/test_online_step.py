@@ -328,7 +328,7 @@ ROLLOUT_OPTIONS: dict[str, Any] = {
     "learning_rate": 0.02, "schedule": "linear", "warmup_fraction": 0.9, "weight_decay": 0.5, "adam_beta1": 0.5,
     "adam_beta2": 0.5, "adam_epsilon": 0.01, "max_grad_norm": 0.001, "max_new_tokens": 5, "temperature": 0.5,
     "missing_eos_penalty": 3.0, "prompts_per_step": 2, "samples_per_prompt": 4, "update_epochs": 3, "minibatches": 3,
-    "score_clip": 1.0, "old_logprobs": "sampler",
+    "score_clip": 1.0, "old_logprobs": "sampler", "kl_budget": 0.001,
 }  # fmt: skip
 OWN_OPTIONS: dict[str, dict[str, Any]] = {
     "rloo": {"kl_coef": 0.5, "clip_range": 0.001, "entropy_coef": 0.5},

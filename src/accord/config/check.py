@@ -130,6 +130,17 @@ def _ppo(ppo: PPOConfig) -> list[str]:
         problems.append("`ppo.kl_controller` = adaptive multiplies `ppo.kl_coef`, which is 0 and would stay 0")
     if ppo.kl_controller == "fixed" and ppo.target_kl is not None:
         problems.append("`ppo.target_kl` is read only by `ppo.kl_controller` = adaptive, and it is fixed")
+    if ppo.kl_budget is not None and ppo.target_kl is not None and ppo.target_kl >= ppo.kl_budget:
+        problems.append(
+            f"`ppo.target_kl` = {ppo.target_kl:g} steers towards a KL that `ppo.kl_budget` = {ppo.kl_budget:g} ends "
+            "the stage at: set the budget well above the target"
+        )
+    steps = math.ceil(ppo.episodes / (ppo.prompts_per_step * ppo.samples_per_prompt))
+    if ppo.value_warmup >= steps:
+        problems.append(
+            f"`ppo.value_warmup` = {ppo.value_warmup} leaves nothing of the {steps} rollouts to teach the policy: "
+            "lower it, or raise `ppo.episodes`"
+        )
     if (
         ppo.whiten_advantages
         and ppo.prompts_per_step * ppo.samples_per_prompt == 1
