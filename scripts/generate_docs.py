@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from accord.config.reference import reference_page
-from accord.metrics import GROUPS, METRICS, REDUCTIONS, Metric
+from accord.metrics import FAMILIES, GROUPS, METRICS, REDUCTIONS, Metric
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -30,14 +30,15 @@ def metrics_page() -> str:
     for group, meaning in GROUPS.items():
         lines += ["", f"## {group}/", "", meaning, ""]
         lines += ["| metric | unit | reduction | better | formula | what it tells |", "|---|---|---|---|---|---|"]
-        lines += [_row(metric) for metric in METRICS.values() if metric.group == group]
+        lines += [_row(metric) for metric in (*METRICS.values(), *FAMILIES.values()) if metric.group == group]
     return "\n".join(lines) + "\n"
 
 
 def _row(metric: Metric) -> str:
     formula = metric.formula.replace("|", r"\|")
+    name = metric.name.replace("*", "<name>")
     return (
-        f"| `{metric.name}` | {metric.unit or '-'} | {metric.reduction} | {_BETTER[metric.direction]} "
+        f"| `{name}` | {metric.unit or '-'} | {metric.reduction} | {_BETTER[metric.direction]} "
         f"| `{formula}` | {metric.meaning} |"
     )
 

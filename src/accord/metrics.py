@@ -8,14 +8,15 @@ is always sum / count over the whole step and all processes, never a mean of mea
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
 from accord.errors import AccordError
 
-__all__ = ["GROUPS", "METRICS", "REDUCTIONS", "Direction", "Metric", "Reduction", "UnknownMetric", "check"]
+__all__ = ["FAMILIES", "GROUPS", "METRICS", "REDUCTIONS", "Direction", "Metric", "Reduction", "UnknownMetric", "check"]
 
 Direction = Literal["up", "down", "neutral"]
 Reduction = Literal[
@@ -66,7 +67,10 @@ class Metric:
     @property
     def title(self) -> str:
         """The name as words: "rollout/kl_per_sequence_nats" is "KL per sequence"."""
-        quantity, _, reduction = self.name.partition("/")[2].partition("/")
+        quantity, _, reduction = self.name.partition("/")[2].rpartition("/")
+        if not quantity:
+            quantity, reduction = reduction, ""
+        quantity = quantity.replace("/", " ")
         words = f"{reduction} {quantity.removesuffix('_nats').replace('_', ' ')}".strip()
         words = " ".join("KL" if word == "kl" else word for word in words.split())
         return words[0].upper() + words[1:]
@@ -181,8 +185,31 @@ _DECLARED = (
     Metric("rollout/score/std", "", "std", "neutral", "std(score)",
            "How much the samples differ in score. Near 0 the policy says the same thing everywhere."),
     Metric("rollout/reward/mean", "", "sequence mean", "up",
-           "mean(clip(score) - missing_eos_penalty * unfinished - kl_coef * KL)",
+           "mean(score + reward terms - kl_coef * KL)",
            "What is maximised: the score less the price of leaving the reference, where that is paid in the reward."),
+    Metric("rollout/reference_term/mean", "", "sequence mean", "neutral", "mean(change by shaping.reference)",
+           "What comparing scores with those of the reference answers changes. With `par`, the reward is in [0, 1]."),
+    Metric("rollout/running_term/mean", "", "sequence mean", "neutral", "mean(change by shaping.running)",
+           "What dividing by the spread of all scores so far changes."),
+    Metric("rollout/clip_term/mean", "", "sequence mean", "neutral", "mean(clip(score) - score)",
+           "What clipping changes. Away from 0 the scores lie beyond the clip, and climbing further earns nothing."),
+    Metric("rollout/length_term/mean", "", "sequence mean", "up", "mean(-length_penalty * tokens beyond length_free)",
+           "What length costs."),
+    Metric("rollout/overlong_term/mean", "", "sequence mean", "up",
+           "mean(-overlong_penalty * share of the buffer that is used)", "What coming near the longest length costs."),
+    Metric("rollout/repetition_term/mean", "", "sequence mean", "up", "mean(-repetition_penalty * repetition)",
+           "What repeating itself costs a completion."),
+    Metric("rollout/diversity_term/mean", "", "sequence mean", "up",
+           "mean(diversity_bonus * 2-grams that the prompt's other samples lack / 2-grams)",
+           "What being different from the prompt's other samples earns."),
+    Metric("rollout/truncation_term/mean", "", "sequence mean", "up", "mean(change by shaping.truncation)",
+           "What being cut by length costs."),
+    Metric("rollout/ensemble_std", "", "sequence mean", "down", "mean of the members' std on a completion",
+           "How far the members of an ensemble disagree. A rise says that the policy goes where they know little."),
+    Metric("rollout/failed_scores", "completions", "sum", "down", "completions that could not be scored",
+           "Failures of the scorer. Nothing is learned from their prompts in this step; samples.jsonl names them."),
+    Metric("rollout/left_out_prompts", "prompts", "sum", "down", "prompts with a completion that could not be scored",
+           "Prompts of this step from which nothing was learned."),
     Metric("rollout/kl_per_sequence_nats", "nats per completion", "sequence mean", "down",
            "mean over completions of sum_t log(policy / reference)",
            "How far the policy has moved from the reference model. The budget that buys reward."),
@@ -315,16 +342,33 @@ _DECLARED = (
     Metric("system/peak_memory_mb", "MB", "max", "down", "peak memory of the process or the GPU / 10^6",
            "The most memory held at once."),
 )
+
+# One metric for each thing that a recipe names: `*` stands for the name.
+_FAMILIES = (
+    Metric("rollout/scorer/*/mean", "", "sequence mean", "up", "mean(score of this judge, before its weight)",
+           "What one of the judges in `scorers` thinks of the samples. One that rises while the others fall is gamed."),
+)
 # fmt: on
 
 METRICS: Mapping[str, Metric] = MappingProxyType({metric.name: metric for metric in _DECLARED})
+FAMILIES: Mapping[str, Metric] = MappingProxyType({metric.name: metric for metric in _FAMILIES})
 
 
 def check(name: str) -> Metric:
     """The declaration of `name`. Raises UnknownMetric, with the nearest declared name, for anything else."""
-    metric = METRICS.get(name)
+    metric = METRICS.get(name) or _of_family(name)
     if metric is None:
         near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.5)
         hint = f"did you mean `{near[0]}`?" if near else "see docs/metrics.md for the declared names."
         raise UnknownMetric(f"unknown metric `{name}`: {hint} A new metric needs one entry in accord/metrics.py.")
     return metric
+
+
+def _of_family(name: str) -> Metric | None:
+    """The member of a family that `name` is, or None."""
+    for pattern, metric in FAMILIES.items():
+        front, _, back = pattern.partition("*")
+        inner = name.removeprefix(front).removesuffix(back)
+        if re.fullmatch(r"[a-z][a-z0-9_]*", inner) and name == f"{front}{inner}{back}":
+            return replace(metric, name=name)
+    return None

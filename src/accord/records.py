@@ -148,24 +148,32 @@ class SampledCompletion:
 
 @dataclass(frozen=True, slots=True)
 class ScoreRequest:
-    """One completion to be scored, as text. `finished` is False when it was cut by the length limit."""
+    """One completion to be scored, as text. `finished` is False when it was cut by the length limit.
+
+    tokens  the same as the text of each token, end token included; empty where no scorer asks for them
+    """
 
     prompt: tuple[Message, ...]
     completion: str
     finished: bool = True
     prompt_id: int = 0
+    tokens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
     """What a scorer says. A failure is a value with an error, never a silent 0.
 
-    members  the scores of an ensemble's members, whose mean is `value`; empty = one judge
+    members  the scores of an ensemble's members, that `value` was made of; empty = one judge
+    tokens   what each token of the request earned, adding up to what they contribute to `value`; empty = judged whole
+    parts    of a composed score: (name, score before its weight) of each judge
     """
 
     value: float | None
     error: str | None = None
     members: tuple[float, ...] = ()
+    tokens: tuple[float, ...] = ()
+    parts: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from accord.errors import AccordError
-from accord.metrics import GROUPS, METRICS, REDUCTIONS, Metric, UnknownMetric, check
+from accord.metrics import FAMILIES, GROUPS, METRICS, REDUCTIONS, Metric, UnknownMetric, check
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,6 +21,14 @@ def test_check_returns_the_declaration() -> None:
 def test_titles_are_names_in_words() -> None:
     names = ("rollout/kl_per_sequence_nats", "rollout/score/mean", "eval/win_rate", "train/approx_kl")
     assert [check(name).title for name in names] == ["KL per sequence", "Mean score", "Win rate", "Approx KL"]
+
+
+def test_a_family_declares_one_metric_for_each_name() -> None:
+    metric = check("rollout/scorer/short_answers/mean")
+    assert (metric.name, metric.title) == ("rollout/scorer/short_answers/mean", "Mean scorer short answers")
+    for name in ("rollout/scorer//mean", "rollout/scorer/a/b/mean", "rollout/scorer/a", "rollout/scorer/*/mean"):
+        with pytest.raises(UnknownMetric):
+            check(name)
 
 
 def test_an_unknown_name_is_an_error_that_names_the_nearest_one() -> None:
@@ -47,7 +55,7 @@ def test_every_declaration_is_complete(metric: Metric) -> None:
 
 def test_no_name_is_declared_twice() -> None:
     source = (ROOT / "src/accord/metrics.py").read_text(encoding="utf-8")
-    assert source.count('    Metric("') == len(METRICS)
+    assert source.count('    Metric("') == len(METRICS) + len(FAMILIES)
 
 
 def test_the_documentation_page_is_what_the_registry_says() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from accord.config import GRPOConfig, OnlineDPOConfig, REINFORCEConfig, RLOOConfig, RolloutFields
+from accord.config import GRPOConfig, OnlineDPOConfig, REINFORCEConfig, RLOOConfig, RolloutFields, ShapingConfig
 from accord.methods.online_stage import LEARNERS
 from accord.methods.online_trainer import OnlineTrainer
 from accord.methods.rollouts import RolloutModels
@@ -329,6 +329,7 @@ ROLLOUT_OPTIONS: dict[str, Any] = {
     "adam_beta2": 0.5, "adam_epsilon": 0.01, "max_grad_norm": 0.001, "max_new_tokens": 5, "temperature": 0.5,
     "missing_eos_penalty": 3.0, "prompts_per_step": 2, "samples_per_prompt": 4, "update_epochs": 3, "minibatches": 3,
     "score_clip": 1.0, "old_logprobs": "sampler", "kl_budget": 0.001,
+    "shaping": ShapingConfig(length_penalty=0.1, length_free=4),
 }  # fmt: skip
 OWN_OPTIONS: dict[str, dict[str, Any]] = {
     "rloo": {"kl_coef": 0.5, "clip_range": 0.001, "entropy_coef": 0.5},
@@ -342,7 +343,7 @@ OWN_OPTIONS: dict[str, dict[str, Any]] = {
 # Read by the stage, by the training loop, or with no say in the result.
 ELSEWHERE = {
     "init", "reward_model", "reward_function", "gold_function", "checkpoint_every", "keep_checkpoints", "samples_every",
-    "episodes", "micro_batch_tokens",
+    "episodes", "micro_batch_tokens", "max_failed_fraction",
 }  # fmt: skip
 
 

@@ -326,7 +326,8 @@ def test_samples_are_kept_at_the_first_the_last_and_every_few_steps() -> None:
     kept = [trainer.step(number).samples for number in range(1, 6)]
     assert [bool(samples) for samples in kept] == [True, True, False, True, True]
     sample = kept[0][0]
-    assert sample.keys() == {"prompt", "completion", "score", "finished", "gold"}
+    assert sample.keys() - {"reward"} == {"prompt", "completion", "score", "finished", "gold"}
+    assert all((s["reward"] == s["score"] - 1) == (not s["finished"]) for s in kept[0] if "reward" in s)
     assert sample["prompt"] in PROMPTS
     assert len({s["prompt"] for s in kept[0]}) == len(kept[0]) == 3  # one for each prompt of the step
     assert all(s["score"] == uneven("", s["completion"]) for s in kept[0])

@@ -25,6 +25,7 @@ from accord.config.online import (
     SamplingFields,
 )
 from accord.config.recipe import EvaluateConfig, Recipe
+from accord.config.rewards import EndpointConfig, JudgeConfig, ScorerConfig, ShapingConfig, run_identity
 from accord.config.sections import (
     AdapterConfig,
     DataConfig,
@@ -42,9 +43,11 @@ __all__ = [
     "BestOfNConfig",
     "DPOConfig",
     "DataConfig",
+    "EndpointConfig",
     "EvaluateConfig",
     "GRPOConfig",
     "ILQLConfig",
+    "JudgeConfig",
     "KTOConfig",
     "ModelConfig",
     "ORPOConfig",
@@ -63,9 +66,12 @@ __all__ = [
     "RougeConfig",
     "SFTConfig",
     "SamplingFields",
+    "ScorerConfig",
     "ScratchConfig",
     "Section",
+    "ShapingConfig",
     "Source",
     "load_recipe",
     "recipe_from",
+    "run_identity",
 ]

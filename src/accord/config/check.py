@@ -72,12 +72,40 @@ def _sampling(stage: str, section: SamplingFields) -> list[str]:
 
 
 def _rollout(stage: str, section: RolloutFields) -> list[str]:
+    problems = _shaping(stage, section)
     if section.minibatches > section.prompts_per_step:
-        return [
+        problems.append(
             f"`{stage}.minibatches` = {section.minibatches} is more than `{stage}.prompts_per_step` = "
             f"{section.prompts_per_step}: a minibatch holds whole prompts"
-        ]
-    return []
+        )
+    return problems
+
+
+def _shaping(stage: str, section: RolloutFields) -> list[str]:
+    """Keys of `shaping` that nothing would read, and those that the rest of the section makes impossible."""
+    shaping, key = section.shaping, f"{stage}.shaping"
+    unread = {
+        "missing_reference": (shaping.reference == "none", "reference"),
+        "length_free": (shaping.length_penalty == 0, "length_penalty"),
+        "overlong_penalty": (shaping.overlong_buffer == 0, "overlong_buffer"),
+    }
+    problems = [
+        f"`{key}.{name}` is read only with `{key}.{other}`, which is off"
+        for name, (off, other) in unread.items()
+        if off and _changed(shaping, name)
+    ]
+    if shaping.overlong_buffer > section.max_new_tokens:
+        problems.append(
+            f"`{key}.overlong_buffer` = {shaping.overlong_buffer} is more than `{stage}.max_new_tokens` = "
+            f"{section.max_new_tokens}: it is the last part of it"
+        )
+    if shaping.diversity_bonus > 0 and section.samples_per_prompt < 2:
+        problems.append(
+            f"`{key}.diversity_bonus` compares a prompt's samples: raise `{stage}.samples_per_prompt` to at least 2"
+        )
+    if shaping.truncation == "leave_out" and _changed(section, "missing_eos_penalty"):
+        problems.append(f"`{stage}.missing_eos_penalty` is not read with `{key}.truncation` = leave_out: drop one")
+    return problems
 
 
 def _dpo(dpo: DPOConfig) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from accord.config.rewards import ShapingConfig
 from accord.config.sections import OptimiserFields, Section
 
 __all__ = [
@@ -39,7 +40,7 @@ class SamplingFields(Section):
         1.0, gt=0, description="Sampling temperature, applied alike in rollout, reference and update."
     )
     missing_eos_penalty: float = Field(
-        1.0, ge=0, description="Subtracted from the score of a completion cut by length."
+        1.0, ge=0, description="Subtracted from the score of a completion cut by length; see `shaping.truncation`."
     )
 
 
@@ -56,7 +57,17 @@ class RolloutFields(SamplingFields, OptimiserFields):
     samples_per_prompt: int = Field(4, ge=1, description="Completions sampled for each prompt.")
     update_epochs: int = Field(1, ge=1, description="Passes over each rollout, each with a fresh shuffle.")
     minibatches: int = Field(1, ge=1, description="Optimiser updates per pass.")
-    score_clip: float | None = Field(None, gt=0, description="Scores are clipped to +- this before anything else.")
+    shaping: ShapingConfig = Field(ShapingConfig(), description="From the score to the reward.")
+    max_failed_fraction: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of a step's completions whose scoring may fail before the run stops. Nothing is learned "
+        "from their prompts in that step.",
+    )
+    score_clip: float | None = Field(
+        None, gt=0, description="Scores are clipped to +- this, after `shaping.reference` and `shaping.running`."
+    )
     kl_budget: float | None = Field(
         None,
         gt=0,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
+import typing
 from typing import Any
 
 from pydantic import BaseModel
@@ -45,15 +47,28 @@ def reference_page() -> str:
         "## Top level",
         _table(Recipe, only_plain=True),
     ]
+    shown: dict[type[BaseModel], str] = {}
     for name, field in Recipe.model_fields.items():
         model = section_in(field.annotation)
         if model is not None:
-            parts += [f"## `{name}`", (model.__doc__ or "").strip(), _table(model)]
-            for inner_name, inner_field in model.model_fields.items():
-                inner = section_in(inner_field.annotation)
-                if inner is not None:
-                    parts += [f"### `{name}.{inner_name}`", (inner.__doc__ or "").strip(), _table(inner)]
+            parts += _section(name, model, shown)
     return "\n\n".join(parts) + "\n"
+
+
+def _section(name: str, model: type[BaseModel], shown: dict[type[BaseModel], str]) -> list[str]:
+    """A section and those inside it. `shown` (section -> its first name) is filled: the keys of a section that several
+    have stand once."""
+    title = f"{'#' * min(2 + name.count('.'), 4)} `{name}`"
+    if model in shown:
+        return [title, f"As [`{shown[model]}`](#{re.sub(r'[^a-z0-9_-]', '', shown[model].lower())})."]
+    shown[model] = name
+    parts = [title, (model.__doc__ or "").strip(), _table(model)]
+    for inner_name, field in model.model_fields.items():
+        inner = section_in(field.annotation)
+        if inner is not None:
+            entry = ".NAME" if typing.get_origin(field.annotation) is dict else ""
+            parts += _section(f"{name}.{inner_name}{entry}", inner, shown)
+    return parts
 
 
 def _table(model: type[BaseModel], *, only_plain: bool = False) -> str:
@@ -81,7 +96,7 @@ def _default(field: FieldInfo) -> str:
 def _kind(annotation: Any) -> str:
     text = str(annotation) if not isinstance(annotation, type) else annotation.__name__
     if section_in(annotation) is not None:
-        return "list" if "tuple" in text else "section"
+        return "list" if "tuple" in text else "sections by name" if "dict[" in text else "section"
     if "Literal" in text:
         options = text[text.index("Literal[") + 8 : text.rindex("]")]
         return options.replace("'", "`").replace(", ", " or ")

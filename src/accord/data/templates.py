@@ -180,6 +180,12 @@ class Template:
         text = self._decode_ids([*front, *ids[:end]])[len(self._decode_ids(front)) :]
         return text.removeprefix(self._lead)
 
+    def token_texts(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """The text of each token by itself; special tokens, the end too, are the text that stands for them. A token
+        that is only a part of a character is U+FFFD."""
+        decode = self.tokenizer.decode
+        return tuple(str(decode([token], clean_up_tokenization_spaces=False)) for token in ids)
+
     def _decode_ids(self, ids: list[int]) -> str:
         text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Rouge", "distinct_n", "num_words", "repetition", "rouge", "rouge_l", "rouge_n", "words"]
+__all__ = ["Rouge", "distinct_n", "novelty", "num_words", "repetition", "rouge", "rouge_l", "rouge_n", "words"]
 
 # Kana, Chinese characters with their extensions and compatibility forms.
 _SPACELESS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -77,6 +77,16 @@ def repetition(text: str, n: int = 3) -> float:
     """
     grams = _ngrams(words(text), n)
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def novelty(text: str, others: Iterable[str], n: int = 2) -> float:
+    """Share of a text's different n-grams that none of the others has, in [0, 1]; 0 where it has no n-gram.
+
+    Tested by: tests/unit/test_text_metrics.py
+    """
+    ours = set(_ngrams(words(text), n))
+    theirs = {gram for other in others for gram in _ngrams(words(other), n)}
+    return len(ours - theirs) / len(ours) if ours else 0.0
 
 
 def _ngrams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:

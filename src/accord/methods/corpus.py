@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from accord.config import DataConfig, Source
-from accord.data.convert import as_kind
+from accord.data.convert import as_kind, convert_groups
 from accord.data.read import read_groups
 from accord.errors import DataError
 from accord.records import Group, GroupKind, content_id
@@ -94,6 +95,21 @@ class Corpus:
                 note = f"data.prompts is not set: the prompts of {name}" if name else ""
                 return _distinct(_converted(part, "prompts", note))
         raise DataError("no prompts: set `data.prompts`, `data.preferences` or `data.sft`")
+
+    def reference_answers(self) -> dict[int, tuple[str, ...]]:
+        """The different reference answers of each prompt that has any, by prompt id: those given as such, then
+        demonstrations, then the best answers of comparisons and ratings."""
+        found: dict[int, dict[str, None]] = {}
+        for part in (self.prompts, self.sft, self.preferences):
+            for group in part.groups:
+                if group.reference is not None:
+                    found.setdefault(group.prompt_id, {})[group.reference] = None
+        for part in (self.sft, self.preferences):
+            for group in convert_groups(part.groups, "sft", Counter(), Counter()):
+                for answer in group.completions:
+                    if len(answer.messages) == 1:
+                        found.setdefault(group.prompt_id, {})[answer.text] = None
+        return {prompt_id: tuple(answers) for prompt_id, answers in found.items()}
 
     def evaluation_prompts(self) -> Part | None:
         """`data.evaluation` as distinct prompts, or None: then the held-out part of `all_prompts` serves."""

@@ -5,7 +5,7 @@ reinforce   A = r - mean of the rollout's other samples; the completion is one a
 grpo        A = (r - mean of the prompt's samples) [/ their std]; every token is an action, KL in loss or reward
 online_dpo  the best and the worst sample of a prompt are a pair
 
-r = clip(score) - penalty for not ending [- kl_coef * sum over tokens of log(policy / reference)]
+r = shaped score (see accord.rewards.shaping) [- kl_coef * sum over tokens of log(policy / reference)]
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from accord.losses.group import (
 from accord.losses.kl import kl_k1, kl_k2_loss, kl_k3_loss
 from accord.losses.masked import sequence_logprobs
 from accord.losses.ppo import PolicyLoss, entropy_loss, ppo_policy_loss
-from accord.methods.online import Choice, Part, shaped_scores, whole
+from accord.methods.online import Choice, Part, learned
 from accord.methods.online_trainer import Learner, Lesson, Size, Sums
 from accord.methods.preference import Pair, PairObjective, RankedAnswers, StepCounts, dpo_objective
 from accord.methods.rollouts import Rollout
@@ -45,20 +45,20 @@ ActionLoss = Callable[[TokenScores, Part, Tensor, Size], tuple[Tensor, Sums]]
 
 def rloo(section: RLOOConfig) -> Learner:
     """REINFORCE with a leave-one-out baseline. Source: Ahmadian et al. 2024, arXiv:2402.14740."""
-    return _PolicyGradient(section, _priced_scores, rloo_advantages, _completion_actions(section))
+    return _PolicyGradient(section, _priced_rewards, rloo_advantages, _completion_actions(section))
 
 
 def reinforce(section: REINFORCEConfig) -> Learner:
     """REINFORCE with the rollout's mean as baseline. Source: Williams 1992."""
     of_batch = scaled_batch_advantages if section.advantage_scale == "std" else batch_advantages
     return _PolicyGradient(
-        section, _priced_scores, lambda rewards, group_index: of_batch(rewards), _completion_actions(section)
+        section, _priced_rewards, lambda rewards, group_index: of_batch(rewards), _completion_actions(section)
     )
 
 
 def grpo(section: GRPOConfig) -> Learner:
     """Group-relative policy optimisation. Source: Shao et al. 2024, arXiv:2402.03300."""
-    rewards = _priced_scores if section.kl_term == "reward_k1" else shaped_scores
+    rewards = _priced_rewards if section.kl_term == "reward_k1" else _rewards
     advantages = scaled_group_advantages if section.advantage_scale == "std" else group_advantages
     return _PolicyGradient(section, rewards, advantages, _token_actions(section))
 
@@ -85,9 +85,9 @@ class _PolicyGradient:
             "train/advantage_mean": float(advantages.mean()),
             "train/advantage_std": float(advantages.std(unbiased=False)),
             "train/kl_coef": self.section.kl_coef,
-            **_ties(rollout, shaped_scores(rollout, self.section)),
+            **_ties(rollout),
         }
-        return Lesson(whole(rollout), rewards, metrics, advantages)
+        return Lesson(learned(rollout), rewards, metrics, advantages)
 
     def loss(self, scores: TokenScores, part: Part, lesson: Lesson, size: Size) -> tuple[Tensor, Sums]:
         assert lesson.advantages is not None and scores.entropies is not None
@@ -112,16 +112,16 @@ class _BestAgainstWorst:
     objective: PairObjective
 
     def lesson(self, rollout: Rollout) -> Lesson:
-        scores, everything = shaped_scores(rollout, self.section), whole(rollout)
+        rewards, choice = rollout.shaped.rewards, learned(rollout)
         groups: list[TokenGroup] = []
         pairs: list[tuple[int, ...]] = []
-        for group, rows in zip(everything.groups, everything.rows, strict=True):
-            best, worst = max(rows, key=lambda row: scores[row]), min(rows, key=lambda row: scores[row])
-            if scores[best] > scores[worst]:
-                pair = tuple(group.completions[row - rows[0]] for row in (best, worst))
+        for group, rows in zip(choice.groups, choice.rows, strict=True):
+            best, worst = max(rows, key=lambda row: rewards[row]), min(rows, key=lambda row: rewards[row])
+            if rewards[best] > rewards[worst]:
+                pair = tuple(group.completions[rows.index(row)] for row in (best, worst))
                 groups.append(TokenGroup(group.prompt_ids, pair, group.prompt_id, group.origin))
                 pairs.append((best, worst))
-        return Lesson(Choice(tuple(groups), tuple(pairs)), scores, _ties(rollout, scores))
+        return Lesson(Choice(tuple(groups), tuple(pairs)), rewards, _ties(rollout))
 
     def loss(self, scores: TokenScores, part: Part, lesson: Lesson, size: Size) -> tuple[Tensor, Sums]:
         reference = sequence_logprobs(part.ref_logprobs, part.mask).tolist()
@@ -136,17 +136,23 @@ class _BestAgainstWorst:
         return self.objective.metrics(sums)
 
 
-def _ties(rollout: Rollout, scores: Tensor) -> dict[str, float]:
-    """The share of prompts whose samples, if more than one, all score the same: comparing them teaches nothing."""
-    compared = [scores[list(rows)] for rows in whole(rollout).rows if len(rows) > 1]
+def _ties(rollout: Rollout) -> dict[str, float]:
+    """The share of prompts whose samples, if more than one, all earn the same: comparing them teaches nothing."""
+    rewards = rollout.shaped.rewards
+    compared = [rewards[list(rows)] for rows in learned(rollout).rows if len(rows) > 1]
     tied = sum(bool((group == group[0]).all()) for group in compared)
     return {"rollout/tied_fraction": tied / len(compared)} if compared else {}
 
 
-def _priced_scores(rollout: Rollout, section: PolicyGradientFields) -> Tensor:
+def _rewards(rollout: Rollout, section: PolicyGradientFields) -> Tensor:
+    """(C,) shaped scores."""
+    return rollout.shaped.rewards
+
+
+def _priced_rewards(rollout: Rollout, section: PolicyGradientFields) -> Tensor:
     """(C,) shaped scores less kl_coef times log(policy / reference) of the whole completion."""
     distance = sequence_logprobs(kl_k1(rollout.old_logprobs, rollout.ref_logprobs), rollout.mask)
-    return shaped_scores(rollout, section) - section.kl_coef * distance
+    return rollout.shaped.rewards - section.kl_coef * distance
 
 
 def _completion_actions(section: PolicyGradientFields) -> ActionLoss:

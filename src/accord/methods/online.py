@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,8 +12,10 @@ from torch import Tensor
 
 from accord.config import RolloutFields
 from accord.data.order import batch_indices
+from accord.losses.advantages import token_rewards
 from accord.losses.masked import masked_mean
 from accord.measures.text import distinct_n, repetition
+from accord.methods.judging import Failure, score_metrics, token_rewards_of
 from accord.methods.offline import group_passes
 from accord.methods.rollouts import Rollout, RolloutModels
 from accord.models.layout import CompletionBatch, collate
@@ -28,16 +29,18 @@ __all__ = [
     "Choice",
     "Part",
     "add_sums",
+    "failures_as_samples",
+    "final_rewards",
     "kl_ending",
+    "learned",
+    "learned_tokens",
     "minibatches",
     "parts",
     "prompt_indices",
     "ratio_deviation",
     "rollout_metrics",
     "samples_of",
-    "shaped_scores",
     "step_outcome",
-    "whole",
 ]
 
 RATIO_TOLERANCE = 1e-5
@@ -50,12 +53,15 @@ def prompt_indices(step: int, section: RolloutFields, count: int, seed: int, sta
     return [batch_indices(p + 1, count, 1, seed, stage)[0] for p in range((step - 1) * size, step * size)]
 
 
-def shaped_scores(rollout: Rollout, section: RolloutFields) -> Tensor:
-    """(C,) scores as the reward takes them: clipped, then less the penalty for not ending."""
-    scores = (
-        rollout.scores if section.score_clip is None else rollout.scores.clamp(-section.score_clip, section.score_clip)
-    )
-    return scores - section.missing_eos_penalty * (~rollout.finished)
+def final_rewards(rollout: Rollout, kl_penalty: Tensor) -> Tensor:
+    """(C, T) the reward of each token for methods that credit single tokens: the KL penalty everywhere, what a function
+    of tokens pays where it pays it, and the rest of the completion's reward at its last token, so that a completion's
+    tokens add up to its reward less its penalties."""
+    paid = token_rewards_of(rollout.verdicts, rollout.mask.shape[1])
+    if paid is None:
+        return token_rewards(rollout.shaped.rewards, kl_penalty, rollout.mask)
+    paid = paid * rollout.mask
+    return token_rewards(rollout.shaped.rewards - paid.sum(1), kl_penalty - paid, rollout.mask)
 
 
 def kl_ending(metrics: Mapping[str, float], section: RolloutFields) -> str | None:
@@ -95,12 +101,26 @@ class Part:
     ref_logprobs: Tensor
 
 
-def whole(rollout: Rollout) -> Choice:
-    """Every completion of the rollout, in its order."""
-    ends = [0]
+def learned(rollout: Rollout) -> Choice:
+    """The completions that are learned from, in the rollout's order: all, unless truncated ones are left out."""
+    counts = rollout.shaped.learned.tolist()
+    groups: list[TokenGroup] = []
+    rows: list[tuple[int, ...]] = []
+    end = 0
     for group in rollout.groups:
-        ends.append(ends[-1] + len(group.completions))
-    return Choice(rollout.groups, tuple(tuple(range(*pair)) for pair in pairwise(ends)))
+        first, end = end, end + len(group.completions)
+        chosen = tuple(row for row in range(first, end) if counts[row])
+        if chosen:
+            completions = tuple(group.completions[row - first] for row in chosen)
+            groups.append(TokenGroup(group.prompt_ids, completions, group.prompt_id, group.origin))
+            rows.append(chosen)
+    return Choice(tuple(groups), tuple(rows))
+
+
+def learned_tokens(rollout: Rollout) -> Tensor:
+    """(C, T) bool, the tokens that are learned from; all the policy wrote where that would be none, to be measured."""
+    mask = rollout.mask & rollout.shaped.learned[:, None]
+    return mask if mask.any() else rollout.mask
 
 
 def minibatches(step: int, section: RolloutFields, count: int, seed: int, stage: str) -> Iterator[list[int]]:
@@ -157,6 +177,8 @@ def rollout_metrics(rollout: Rollout, kl: Tensor, rewards: Tensor) -> dict[str, 
         "rollout/repetition": sum(repetition(text) for text in texts) / len(texts),
         "rollout/distinct_2": distinct_n(texts, 2),
     }
+    metrics |= {f"rollout/{name}_term/mean": float(term.mean()) for name, term in rollout.shaped.terms.items()}
+    metrics |= score_metrics(rollout.verdicts)
     if rollout.gold is not None:
         metrics["rollout/gold_utility/mean"] = float(rollout.gold.mean())
         metrics["rollout/gold_utility/std"] = float(rollout.gold.std(unbiased=False))
@@ -178,6 +200,8 @@ def step_outcome(
     training ends here, without having learned from this rollout."""
     seconds = rollout.generate_seconds + score_seconds + update_seconds
     progress = {
+        "rollout/failed_scores": len(rollout.failures),
+        "rollout/left_out_prompts": section.prompts_per_step - len(rollout.groups),
         "rollout/prompts": step * section.prompts_per_step,
         "rollout/samples": step * section.prompts_per_step * section.samples_per_prompt,
         "time/generate_seconds": rollout.generate_seconds,
@@ -188,7 +212,8 @@ def step_outcome(
     }
     status = f"score {metrics['rollout/score/mean']:+.2f}  KL {metrics['rollout/kl_per_sequence_nats']:.2f}"
     due = step == 1 or step % section.samples_every == 0 or step == total_steps or ending is not None
-    return StepOutcome({**metrics, **progress}, status, samples_of(rollout) if due else (), ending)
+    samples = (*(samples_of(rollout) if due else ()), *failures_as_samples(rollout.failures))
+    return StepOutcome({**metrics, **progress}, status, samples, ending)
 
 
 def samples_of(rollout: Rollout) -> tuple[dict[str, Any], ...]:
@@ -199,8 +224,27 @@ def samples_of(rollout: Rollout) -> tuple[dict[str, Any], ...]:
             "prompt": "\n".join(m.content for m in rollout.requests[i].prompt),
             "completion": rollout.requests[i].completion,
             "score": float(rollout.scores[i]),
+            **_reward_note(rollout, i),
             "finished": bool(rollout.finished[i]),
             **({} if rollout.gold is None else {"gold": float(rollout.gold[i])}),
         }
         for i in rows
+    )
+
+
+def _reward_note(rollout: Rollout, row: int) -> dict[str, float]:
+    """The reward, where shaping made another number of the score."""
+    score, reward = float(rollout.scores[row]), float(rollout.shaped.rewards[row])
+    return {} if reward == score else {"reward": reward}
+
+
+def failures_as_samples(failures: Sequence[Failure]) -> tuple[dict[str, Any], ...]:
+    """The first failures of a step, for samples.jsonl: completions without a score, and why."""
+    return tuple(
+        {
+            "prompt": "\n".join(m.content for m in failure.request.prompt),
+            "completion": failure.request.completion,
+            "error": failure.error,
+        }
+        for failure in failures[:SAMPLES_KEPT]
     )

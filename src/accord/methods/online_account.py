@@ -46,6 +46,12 @@ def online_summary(
             f"{last['rollout/gold_utility/mean']:+.2f}."
         )
     warnings = []
+    failed, left_out = (_total(rows, f"rollout/{name}") for name in ("failed_scores", "left_out_prompts"))
+    if failed:
+        warnings.append(
+            f"Scoring failed for {failed:,} answers; nothing was learned from their {left_out:,} prompts in those "
+            "steps. samples.jsonl names the first of each step."
+        )
     if trainer.drift > RATIO_TOLERANCE:
         advice = (
             f"Set {trainer.stage}.old_logprobs=recompute."
@@ -73,3 +79,8 @@ def _end_mean(metrics: Mapping[str, Points], end: Literal[-1, 1]) -> dict[str, f
         part = points[-size:] if end == 1 else points[:size]
         result[name] = sum(value for _, value in part) / len(part)
     return result
+
+
+def _total(metrics: Mapping[str, Points], name: str) -> int:
+    """The sum of a count over all steps."""
+    return int(sum(value for _, value in metrics.get(name, ())))

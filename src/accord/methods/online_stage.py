@@ -11,9 +11,10 @@ from accord.config import RolloutFields
 from accord.methods import learners
 from accord.methods.card import model_card
 from accord.methods.context import Context, LoadedPolicy, data_note, run_stage, weights_hash
+from accord.methods.judging import ReferenceScores
 from accord.methods.online_account import Online, online_summary
 from accord.methods.online_trainer import Learner, OnlineTrainer
-from accord.methods.plan import check_prompts
+from accord.methods.plan import check_prompts, with_reference_answers
 from accord.methods.roles import judges_of, rollout_models, starting_model, step_prompts
 from accord.methods.rollouts import Prompt, RolloutModels
 from accord.training.loop import Trainer, run_training
@@ -45,6 +46,17 @@ class Cast:
     reward_model: Any | None
 
 
+def comparable_prompts(
+    context: Context, stage: str, section: RolloutFields, prompts: list[Prompt]
+) -> tuple[list[Prompt], dict[int, tuple[str, ...]] | None]:
+    """The prompts that have what shaping compares with, and that; what is left out is said."""
+    groups, answers = with_reference_answers(stage, section, context.corpus, [group for group, _ in prompts])
+    if len(groups) < len(prompts):
+        context.say(f"{len(prompts) - len(groups)} of {len(prompts)} prompts have no reference answer: left out")
+    kept = {group.prompt_id for group in groups}
+    return [prompt for prompt in prompts if prompt[0].prompt_id in kept], answers
+
+
 def run_online(context: Context, stage: str) -> dict[str, Any]:
     """Train (or continue, or find finished) one of the stages of `LEARNERS`; returns its summary."""
     section = getattr(context.recipe, stage)
@@ -64,15 +76,21 @@ def run_rollout_stage(
     judges = judges_of(context, stage, section)
     part = context.corpus.all_prompts()
     sources = part.sources | weights_hash(start) | judges.sources
+    if section.shaping.reference != "none":
+        sources |= context.corpus.sft.sources | context.corpus.preferences.sources
 
     def body(run: RunFolder) -> dict[str, Any]:
         for note in part.notes:
             context.say(note)
         policy = LoadedPolicy.to_train(context, start, stage)
-        prompts = step_prompts(context, policy, section.max_new_tokens)
+        prompts, answers = comparable_prompts(
+            context, stage, section, step_prompts(context, policy, section.max_new_tokens)
+        )
         check_prompts(stage, section, len(prompts))
         scorer, reward_model = judges.scorer(context, section.micro_batch_tokens)
         models = rollout_models(context, section, policy, scorer, judges.gold, [t for _, t in prompts])
+        if answers is not None:
+            models.rewards.references = ReferenceScores(scorer, answers)
         trainer = trainer_of(Cast(policy, models, prompts, reward_model))
         context.say(
             f"{len(prompts)} prompts, {trainer.total_steps} rollouts of {section.prompts_per_step} prompts x "

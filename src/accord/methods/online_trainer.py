@@ -118,13 +118,18 @@ class OnlineTrainer:
     def capture(self) -> Captured:
         return Captured(
             {"policy": trainable_state(self._models.policy), "policy_optimiser": self._optimiser.tensors()},
-            {"policy_optimiser": self._optimiser.counters(), "drift": self.drift},
+            {
+                "policy_optimiser": self._optimiser.counters(),
+                "drift": self.drift,
+                "rewards": self._models.rewards.capture(),
+            },
         )
 
     def restore(self, captured: Captured) -> None:
         load_trainable_state(self._models.policy, captured.tensors["policy"])
         self._optimiser.restore(captured.tensors["policy_optimiser"], captured.values["policy_optimiser"])
         self.drift = captured.values["drift"]
+        self._models.rewards.restore(captured.values["rewards"])
 
     def _update(self, step: int, rollout: Rollout, lesson: Lesson) -> dict[str, float]:
         rate = learning_rate_at(step, self.total_steps, self._section.learning_rate, self._section)

@@ -39,6 +39,7 @@ __all__ = [
     "num_parameters",
     "plan_table",
     "stages_of",
+    "with_reference_answers",
     "with_references",
 ]
 
@@ -163,6 +164,29 @@ def check_prompts(stage: str, section: RolloutFields, count: int) -> None:
         )
 
 
+def with_reference_answers(
+    stage: str, section: RolloutFields, corpus: Corpus, groups: Sequence[Group]
+) -> tuple[list[Group], dict[int, tuple[str, ...]] | None]:
+    """The prompts that `shaping.reference` can be used on, and the answers it compares with; None without it.
+
+    Raises: ConfigError where prompts have none and are not to be left out, or where none has one.
+    """
+    if section.shaping.reference == "none":
+        return list(groups), None
+    answers = corpus.reference_answers()
+    kept = [group for group in groups if group.prompt_id in answers]
+    missing = len(groups) - len(kept)
+    if not kept or (missing and section.shaping.missing_reference == "refuse"):
+        first = next(group for group in groups if group.prompt_id not in answers)
+        advice = "" if not kept else f", or set `{stage}.shaping.missing_reference` = leave_out"
+        raise ConfigError(
+            f"`{stage}.shaping.reference` = {section.shaping.reference} compares with each prompt's reference answer, "
+            f"and {missing} of {len(groups)} training prompts have none, the first {first.prompt[-1].content[:80]!r}: "
+            f"give their demonstrations in `data.sft` or comparisons in `data.preferences`{advice}"
+        )
+    return kept, answers
+
+
 def check_labels(groups: Sequence[Group], loss: str) -> None:
     """Raises ConfigError for comparisons with soft labels where the loss takes every label as certain."""
     soft = [g for g in groups if g.soft_label is not None and g.soft_label != 1]
@@ -185,6 +209,7 @@ def _sizes(recipe: Recipe, corpus: Corpus, stage: str) -> tuple[str, str]:
         return _evaluation_sizes(corpus, section, recipe.data.holdout), "-"
     train, _ = split_holdout(corpus.all_prompts().groups, recipe.data.holdout)
     if isinstance(section, RolloutFields):
+        train, _ = with_reference_answers(stage, section, corpus, train)
         check_prompts(stage, section, len(train))
         per_step = section.prompts_per_step * section.samples_per_prompt
         updates = section.update_epochs * section.minibatches

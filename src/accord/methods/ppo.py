@@ -18,20 +18,21 @@ from typing import Any
 from torch import Tensor
 
 from accord.config import PPOConfig
-from accord.losses.advantages import Advantages, gae, token_rewards
+from accord.losses.advantages import Advantages, gae
 from accord.losses.kl import adaptive_kl_coef, kl_k1
 from accord.losses.masked import masked_mean, whiten
 from accord.methods.online import (
     Choice,
     add_sums,
+    final_rewards,
     kl_ending,
+    learned,
+    learned_tokens,
     minibatches,
     parts,
     prompt_indices,
     rollout_metrics,
-    shaped_scores,
     step_outcome,
-    whole,
 )
 from accord.methods.ppo_update import Actor, Critic, Signal
 from accord.methods.rollouts import Prompt, Rollout, RolloutModels, collect
@@ -63,7 +64,7 @@ class PPOTrainer:
         prompts = [self._prompts[i] for i in prompt_indices(step, section, len(self._prompts), self._seed, "ppo")]
         rollout = collect(self._models, prompts, section, ("ppo", self._seed, step))
         kl = kl_k1(rollout.old_logprobs, rollout.ref_logprobs)
-        rewards = token_rewards(shaped_scores(rollout, section), self._kl_coef * kl, rollout.mask)
+        rewards = final_rewards(rollout, self._kl_coef * kl)
         metrics = rollout_metrics(rollout, kl, rewards.sum(1)) | {"train/kl_coef": self._kl_coef}
         ending = kl_ending(metrics, section)
         score_seconds, update_seconds = rollout.score_seconds, 0.0
@@ -72,9 +73,10 @@ class PPOTrainer:
             values = self._critic.values(rollout, self._models)
             started = time.monotonic()
             score_seconds += started - scored
-            result = gae(rewards, values, rollout.mask, gamma=section.gamma, gae_lambda=section.gae_lambda)
-            metrics |= _signal_metrics(rollout.mask, values, result)
-            advantages = whiten(result.advantages, rollout.mask) if section.whiten_advantages else result.advantages
+            mask = learned_tokens(rollout)
+            result = gae(rewards, values, mask, gamma=section.gamma, gae_lambda=section.gae_lambda)
+            metrics |= _signal_metrics(mask, values, result)
+            advantages = whiten(result.advantages, mask) if section.whiten_advantages else result.advantages
             metrics |= self._update(step, rollout, Signal(values, advantages, result.returns))
             update_seconds = time.monotonic() - started
             self._steer_kl(step, metrics["rollout/kl_per_sequence_nats"])
@@ -87,13 +89,16 @@ class PPOTrainer:
         actor, critic = self._actor.capture(), self._critic.capture()
         return Captured(
             actor.tensors | critic.tensors,
-            actor.values | critic.values | {"kl_coef": self._kl_coef, "drift": self.drift},
+            actor.values
+            | critic.values
+            | {"kl_coef": self._kl_coef, "drift": self.drift, "rewards": self._models.rewards.capture()},
         )
 
     def restore(self, captured: Captured) -> None:
         self._actor.restore(captured)
         self._critic.restore(captured)
         self._kl_coef, self.drift = captured.values["kl_coef"], captured.values["drift"]
+        self._models.rewards.restore(captured.values["rewards"])
 
     def _steer_kl(self, step: int, observed: float) -> None:
         """The next step's kl_coef. While the policy stands still there is nothing to steer."""
@@ -106,7 +111,7 @@ class PPOTrainer:
 
     def _update(self, step: int, rollout: Rollout, signal: Signal) -> dict[str, float]:
         """Learn from the rollout, minibatch by minibatch. In the value model's warm-up the policy takes no part."""
-        section, choice = self._section, whole(rollout)
+        section, choice = self._section, learned(rollout)
         actor = self._actor if step > section.value_warmup else None
         learning = [learner for learner in (actor, self._critic) if learner is not None]
         totals = {"minibatches": 0.0, "updates": 0.0}
@@ -127,6 +132,8 @@ class PPOTrainer:
             "train/updates": totals["updates"],
             "train/skipped_updates": float(self._actor.skipped + self._critic.skipped),
         }
+        if not choice.groups:  # every completion was cut by length, and those are left out
+            return metrics
         for learner in learning:
             metrics |= learner.metrics(totals, step)
         if actor is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -12,12 +13,15 @@ from torch import Tensor
 
 from accord.config import RolloutFields
 from accord.data.templates import Template
+from accord.errors import RewardError
+from accord.methods.judging import Failure, RewardState, Verdicts, judge
 from accord.methods.offline import group_passes
 from accord.models.adapters import adapters_off
 from accord.models.layout import CompletionBatch, Layout, collate
 from accord.models.token_scores import score_tokens
-from accord.records import Group, SampledCompletion, ScoreRequest, TokenCompletion, TokenGroup
+from accord.records import Group, SampledCompletion, Score, ScoreRequest, TokenCompletion, TokenGroup
 from accord.rewards.scorers import Scorer, values_of
+from accord.rewards.shaping import Samples, Shaped
 from accord.rollout.native import PromptTokens, Sampler
 from accord.rollout.sampling import Sampling
 
@@ -32,8 +36,9 @@ class Rollout:
 
     groups        token groups, each prompt with its sampled completions
     requests      the same completions as text, in the same order
-    scores        (C,) what the scorer said; gold (C,) what the hidden truth says, None without one
-    finished      (C,) bool, ended by a stop token
+    verdicts      what the scorer said of each; failures are those of prompts that were left out because of them
+    shaped        the rewards made of the scores, by term, and which completions are learned from
+    gold          (C,) what the hidden truth says, None without one
     mask          (C, T) bool, True = a token the policy wrote; what others wrote in between is False
     old_logprobs, ref_logprobs  (C, T) nats, 0 where the mask is False
     sampler_deviation  largest |p_sampler / p_old - 1| of a token: 0 when the old ones are the sampler's
@@ -41,15 +46,26 @@ class Rollout:
 
     groups: tuple[TokenGroup, ...]
     requests: tuple[ScoreRequest, ...]
-    scores: Tensor
+    verdicts: tuple[Score, ...]
+    failures: tuple[Failure, ...]
+    shaped: Shaped
     gold: Tensor | None
-    finished: Tensor
     mask: Tensor
     old_logprobs: Tensor
     sampler_deviation: float
     ref_logprobs: Tensor
     generate_seconds: float
     score_seconds: float
+
+    @property
+    def scores(self) -> Tensor:
+        """(C,) what the scorer said."""
+        return torch.tensor([score.value for score in self.verdicts])
+
+    @property
+    def finished(self) -> Tensor:
+        """(C,) bool, ended by a stop token."""
+        return torch.tensor([request.finished for request in self.requests])
 
     @property
     def group_index(self) -> Tensor:
@@ -60,7 +76,7 @@ class Rollout:
 @dataclass(frozen=True, slots=True)
 class RolloutModels:
     """Who takes part in a rollout. The reference may be the policy itself, if it has an adapter: then it is asked
-    without it."""
+    without it. `rewards` is what remains of earlier rollouts' scores."""
 
     policy: Any
     reference: Any
@@ -69,26 +85,28 @@ class RolloutModels:
     scorer: Scorer
     gold: Scorer | None
     layout: Layout
+    rewards: RewardState = field(default_factory=RewardState, kw_only=True)
 
 
 def collect(
     models: RolloutModels, prompts: Sequence[Prompt], section: RolloutFields, key: tuple[int | str, ...]
 ) -> Rollout:
-    """Sample, score, and run the reference once over everything."""
+    """Sample, score, and run the reference once over everything that was scored."""
     started = time.monotonic()
     sampling = Sampling(section.max_new_tokens, section.temperature, stop_ids=models.template.stop_ids)
     requests_for = [PromptTokens(tokens.prompt_ids, tokens.prompt_id) for _, tokens in prompts]
     sampled = models.sampler.generate(requests_for, section.samples_per_prompt, sampling, key)
     generated = time.monotonic()
-    groups = tuple(_with_samples(tokens, samples) for (_, tokens), samples in zip(prompts, sampled, strict=True))
-    flat = [sample for samples in sampled for sample in samples]
-    requests = tuple(
-        ScoreRequest(group.prompt, models.template.decode(sample.ids), sample.finish_reason == "stop", tokens.prompt_id)
+    asked = [
+        tuple(_request(models, group, tokens, sample) for sample in samples)
         for (group, tokens), samples in zip(prompts, sampled, strict=True)
-        for sample in samples
-    )
+    ]
+    verdicts = judge(models.scorer, asked, models.rewards.references, section.max_failed_fraction)
+    kept, rows = _kept(asked, verdicts)
+    groups = tuple(_with_samples(prompts[p][1], sampled[p]) for p in kept)
+    requests = tuple(request for p in kept for request in asked[p])
     mask = padded([list(c.mask) for group in groups for c in group.completions], False)
-    sampled_logprobs = padded([list(s.logprobs) for s in flat], 0.0)
+    sampled_logprobs = padded([list(s.logprobs) for p in kept for s in sampled[p]], 0.0)
 
     def logprobs(model: Any) -> Tensor:
         return per_token(
@@ -102,9 +120,10 @@ def collect(
     return Rollout(
         groups=groups,
         requests=requests,
-        scores=torch.tensor(values_of(models.scorer, requests)),
+        verdicts=tuple(verdicts.scores[row] for row in rows),
+        failures=verdicts.failures,
+        shaped=_shaped(models.rewards, verdicts, rows, groups, requests, section),
         gold=None if models.gold is None else torch.tensor(values_of(models.gold, requests)),
-        finished=torch.tensor([r.finished for r in requests]),
         mask=mask,
         old_logprobs=old,
         sampler_deviation=float(((sampled_logprobs - old).exp() - 1).abs().max()),
@@ -112,6 +131,55 @@ def collect(
         generate_seconds=generated - started,
         score_seconds=time.monotonic() - generated,
     )
+
+
+def _request(models: RolloutModels, group: Group, tokens: TokenGroup, sample: SampledCompletion) -> ScoreRequest:
+    template = models.template
+    return ScoreRequest(
+        group.prompt,
+        template.decode(sample.ids),
+        sample.finish_reason == "stop",
+        tokens.prompt_id,
+        template.token_texts(sample.ids) if models.scorer.wants_tokens else (),
+    )
+
+
+def _kept(asked: Sequence[Sequence[ScoreRequest]], verdicts: Verdicts) -> tuple[list[int], list[int]]:
+    """The prompts whose every completion was scored, and where these completions stand among all.
+
+    Raises: RewardError when too few are left to learn from.
+    """
+    ends = list(accumulate((len(row) for row in asked), initial=0))
+    spans = [range(*pair) for pair in pairwise(ends)]
+    kept = [p for p, span in enumerate(spans) if all(verdicts.scores[row].value is not None for row in span)]
+    rows = [row for p in kept for row in spans[p]]
+    if verdicts.failures and len(rows) < 2:
+        first = verdicts.failures[0]
+        raise RewardError(
+            f"scoring failed for {len(verdicts.failures)} of {ends[-1]} completions, and no prompt is left to learn "
+            f"from in this step; the first: {first.error}\n  completion: {first.request.completion!r}"
+        )
+    return kept, rows
+
+
+def _shaped(
+    state: RewardState,
+    verdicts: Verdicts,
+    rows: Sequence[int],
+    groups: Sequence[TokenGroup],
+    requests: Sequence[ScoreRequest],
+    section: RolloutFields,
+) -> Shaped:
+    """The rewards of the completions at `rows`, which are those of `groups`."""
+    ends = accumulate((len(group.completions) for group in groups), initial=0)
+    samples = Samples(
+        [request.completion for request in requests],
+        [range(*pair) for pair in pairwise(ends)],
+        torch.tensor([sum(c.mask) for group in groups for c in group.completions]),
+        torch.tensor([request.finished for request in requests]),
+        [verdicts.references[row] for row in rows],
+    )
+    return state.shape(torch.tensor([verdicts.scores[row].value for row in rows]), samples, section)
 
 
 def per_token(

@@ -21,7 +21,17 @@ from accord.models.layout import collate
 from accord.models.token_scores import head_scores
 from accord.records import Completion, Group, Message, Score, ScoreRequest, content_id
 
-__all__ = ["FunctionScorer", "ModelScorer", "RewardFunction", "Scorer", "load_function", "values_of"]
+__all__ = [
+    "FunctionScorer",
+    "ModelScorer",
+    "RewardFunction",
+    "Scorer",
+    "TokenFunctionScorer",
+    "failures_of",
+    "load_function",
+    "plain",
+    "values_of",
+]
 
 RewardFunction = Callable[..., Any]
 
@@ -30,6 +40,7 @@ class Scorer(Protocol):
     """Anything that judges completions. Scores come back in the order of the requests."""
 
     name: str
+    wants_tokens: bool  # whether requests must carry their tokens
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]: ...
 
@@ -42,6 +53,8 @@ class ModelScorer:
     oldest part, as when the reward model was trained; answers that do not fit are errors. Of a model with several heads
     the score is their mean, and its `members` are theirs.
     """
+
+    wants_tokens = False
 
     def __init__(
         self,
@@ -86,6 +99,8 @@ class FunctionScorer:
     `fingerprint` is a hash of its source (of its bytecode where there is none): an edited function is another run's.
     """
 
+    wants_tokens = False
+
     def __init__(self, function: RewardFunction, name: str) -> None:
         self.name = name
         self._function = function
@@ -98,26 +113,58 @@ class FunctionScorer:
     def _one(self, request: ScoreRequest) -> Score:
         extra = {"finished": request.finished} if self._wants_finished else {}
         try:
-            result = self._function(_plain(request.prompt), request.completion, **extra)
-            if isinstance(result, str):
-                raise TypeError(f"returned the text {result!r}, expected a number")
-            value = float(result)
+            value = _number(self._function(plain(request.prompt), request.completion, **extra))
         except (Exception, SystemExit) as error:  # the user's code may raise anything: a counted, named failure
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            return Score(None, f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})")
+            return Score(None, _said(error))
         return Score(value) if math.isfinite(value) else Score(None, f"returned {value}")
 
 
-def values_of(scorer: Scorer, requests: Sequence[ScoreRequest]) -> list[float]:
-    """The scores as numbers. Raises RewardError naming the first failing prompt and how many failed."""
-    scores = scorer.score(requests)
-    failed = [(request, score) for request, score in zip(requests, scores, strict=True) if score.value is None]
-    if failed:
-        request, score = failed[0]
+class TokenFunctionScorer:
+    """A Python function f(prompt, tokens) -> one float for each token; the completion's score is their sum.
+
+    `tokens` is the text of each token, the end token included where there is one; `prompt` is as for `FunctionScorer`.
+    """
+
+    wants_tokens = True
+
+    def __init__(self, function: RewardFunction, name: str) -> None:
+        self.name = name
+        self._function = function
+        self.fingerprint = _fingerprint(function)
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        return [self._one(request) for request in requests]
+
+    def _one(self, request: ScoreRequest) -> Score:
+        try:
+            rewards = tuple(map(_number, self._function(plain(request.prompt), list(request.tokens))))
+        except (Exception, SystemExit) as error:
+            return Score(None, _said(error))
+        if len(rewards) != len(request.tokens):
+            return Score(None, f"returned {len(rewards)} rewards for {len(request.tokens)} tokens")
+        bad = [value for value in rewards if not math.isfinite(value)]
+        return Score(None, f"returned {bad[0]} for a token") if bad else Score(math.fsum(rewards), tokens=rewards)
+
+
+def failures_of(
+    scorer: Scorer, requests: Sequence[ScoreRequest], scores: Sequence[Score], *, max_fraction: float = 0.0
+) -> list[int]:
+    """Where scoring failed. Raises RewardError, naming the first failing prompt and how many failed, when more than
+    `max_fraction` of the completions did."""
+    failed = [index for index, score in enumerate(scores) if score.value is None]
+    if len(failed) > max_fraction * len(requests):
+        request, score = requests[failed[0]], scores[failed[0]]
         raise RewardError(
             f"{scorer.name} failed on {len(failed)} of {len(requests)} completions; the first: {score.error}\n"
-            f"  prompt: {_plain(request.prompt)!r}\n  completion: {request.completion!r}"
+            f"  prompt: {plain(request.prompt)!r}\n  completion: {request.completion!r}"
         )
+    return failed
+
+
+def values_of(scorer: Scorer, requests: Sequence[ScoreRequest]) -> list[float]:
+    """The scores as numbers. Raises RewardError as `failures_of` when one fails."""
+    scores = scorer.score(requests)
+    failures_of(scorer, requests, scores)
     return [score.value for score in scores if score.value is not None]
 
 
@@ -152,7 +199,19 @@ def _fingerprint(function: RewardFunction) -> str:
     return f"{content_id(text):016x}"
 
 
-def _plain(prompt: Sequence[Message]) -> Any:
+def plain(prompt: Sequence[Message]) -> Any:
+    """A prompt as people's functions take it: the text of a single message, else {"role", "content"} of each."""
     if len(prompt) == 1:
         return prompt[0].content
     return [{"role": m.role, "content": m.content} for m in prompt]
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str):
+        raise TypeError(f"returned the text {value!r}, expected a number")
+    return float(value)
+
+
+def _said(error: BaseException) -> str:
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"

@@ -1,0 +1,127 @@
+"""From sampled texts to rewards: what the scorer says, which failures are borne, reference answers, running moments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, pstdev
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accord.config import RolloutFields
+from accord.records import Message, Score, ScoreRequest
+from accord.rewards.scorers import Scorer, failures_of
+from accord.rewards.shaping import Moments, Samples, Shaped, compared, shape
+
+__all__ = ["Failure", "ReferenceScores", "RewardState", "Verdicts", "judge", "score_metrics", "token_rewards_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A completion that could not be scored, and why."""
+
+    request: ScoreRequest
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdicts:
+    """What was said of completions, prompt after prompt; `value` of a failed one is None.
+
+    references  the scores of each completion's reference answers, empty where shaping asks for none
+    """
+
+    scores: tuple[Score, ...]
+    references: tuple[tuple[float, ...], ...]
+    failures: tuple[Failure, ...]
+
+
+class ReferenceScores:
+    """The scores of each prompt's reference answers, asked for when the prompt first comes up.
+
+    Every prompt is scored by itself, so its scores do not depend on which others come up beside it, and a continued run
+    finds the same bits.
+    """
+
+    def __init__(self, scorer: Scorer, answers: Mapping[int, tuple[str, ...]]) -> None:
+        self._scorer, self._answers = scorer, answers
+        self._known: dict[int, tuple[float, ...]] = {}
+
+    def of(self, prompt: tuple[Message, ...], prompt_id: int) -> tuple[float, ...] | str:
+        """The scores, or why there are none."""
+        if prompt_id not in self._known:
+            requests = [ScoreRequest(prompt, text, prompt_id=prompt_id) for text in self._answers[prompt_id]]
+            scores = self._scorer.score(requests)
+            values = tuple(score.value for score in scores if score.value is not None)
+            if len(values) < len(scores):
+                return f"its reference answer: {next(score.error for score in scores if score.value is None)}"
+            self._known[prompt_id] = values
+        return self._known[prompt_id]
+
+
+@dataclass(slots=True)
+class RewardState:
+    """What rewards depend on besides the completions: the moments of all scores so far, which survive a restart, and
+    the reference scores, which are found again."""
+
+    moments: Moments = field(default_factory=Moments)
+    references: ReferenceScores | None = None
+
+    def shape(self, scores: Tensor, samples: Samples, section: RolloutFields) -> Shaped:
+        """Scores as rewards, after taking them into the moments."""
+        if section.shaping.running != "none":
+            self.moments = self.moments.merged(compared(scores, samples, section))
+        return shape(scores, samples, section, self.moments)
+
+    def capture(self) -> dict[str, Any]:
+        return {"count": self.moments.count, "mean": self.moments.mean, "squares": self.moments.squares}
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        self.moments = Moments(**values)
+
+
+def judge(
+    scorer: Scorer,
+    prompts: Sequence[Sequence[ScoreRequest]],
+    references: ReferenceScores | None,
+    max_failed_fraction: float,
+) -> Verdicts:
+    """Score the completions of every prompt. A prompt whose reference answers fail has only failed completions.
+
+    Raises: RewardError naming the first failure when more than `max_failed_fraction` of the completions failed.
+    """
+    requests = [request for row in prompts for request in row]
+    scores = scorer.score(requests)
+    compared_with: list[tuple[float, ...]] = [()] * len(requests)
+    if references is not None:
+        found = [references.of(row[0].prompt, row[0].prompt_id) for row in prompts for _ in row]
+        compared_with = [() if isinstance(one, str) else one for one in found]
+        scores = [
+            Score(None, one) if isinstance(one, str) and score.value is not None else score
+            for one, score in zip(found, scores, strict=True)
+        ]
+    failed = failures_of(scorer, requests, scores, max_fraction=max_failed_fraction)
+    failures = tuple(Failure(requests[index], scores[index].error or "no reason given") for index in failed)
+    return Verdicts(tuple(scores), tuple(compared_with), failures)
+
+
+def score_metrics(scores: Iterable[Score]) -> dict[str, float]:
+    """Of completions that were scored: the mean of each judge of several, and how far an ensemble disagrees."""
+    parts: dict[str, list[float]] = {}
+    spreads: list[float] = []
+    for score in scores:
+        for name, value in score.parts:
+            parts.setdefault(name, []).append(value)
+        if score.members:
+            spreads.append(pstdev(score.members))
+    metrics = {f"rollout/scorer/{name}/mean": fmean(values) for name, values in parts.items()}
+    return metrics | ({"rollout/ensemble_std": fmean(spreads)} if spreads else {})
+
+
+def token_rewards_of(scores: Sequence[Score], width: int) -> Tensor | None:
+    """(C, width) what each token earned; None where completions are judged whole."""
+    if not any(score.tokens for score in scores):
+        return None
+    return torch.tensor([[*score.tokens, *[0.0] * (width - len(score.tokens))] for score in scores])
