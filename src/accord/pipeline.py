@@ -21,7 +21,7 @@ from accord.methods.online_stage import LEARNERS, run_online
 from accord.methods.plan import check_names
 from accord.methods.ppo_stage import run_ppo
 from accord.methods.preference_stage import run_dpo, run_orpo
-from accord.methods.reward import run_reward
+from accord.methods.reward_stage import run_reward
 from accord.methods.rft_stage import run_rft
 from accord.methods.sft import run_sft
 from accord.report.overview import overview_report

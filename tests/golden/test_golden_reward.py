@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from accord.losses import centring_penalty, pairwise_loss, ranked_loss
+from accord.losses import centring_penalty, divergence_span_loss, pairwise_loss, ranked_loss
 
 
 def double(*values: float) -> torch.Tensor:
@@ -125,3 +125,83 @@ def test_extreme_scores_stay_finite() -> None:
     assert scores.grad is not None
     assert result.loss.item() == 1e4
     assert scores.grad.tolist() == [-1.0, 0.0]
+
+
+# --- from where the answers part -------------------------------------------------------------------------------------
+
+ONE_PAIR = torch.tensor([0, 1]), torch.tensor([0, 0])
+
+
+def test_the_span_from_the_first_difference() -> None:
+    """Tokens differ from place 2 on, where d = .4, .6, 1.6: -log s(d) = .513015, .437488, .183901, mean .378135. The
+    chosen one's derivatives are -s(-d) / 3 = -.133771, -.118115, -.055994 and 0 before; the other's mirror them."""
+    scores = torch.stack([double(0.1, 0.2, 0.5, 0.9, 1.4), double(0.1, 0.2, 0.1, 0.3, -0.2)]).requires_grad_()
+    ids = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 1, 2, 3]])
+    result = divergence_span_loss(scores, ids, torch.ones_like(ids, dtype=torch.bool), *ONE_PAIR)
+    result.loss.backward()
+    assert result.loss.item() == pytest.approx(0.378135, abs=1e-6)
+    assert result.span_loss_sum.item() == pytest.approx(0.378135, abs=1e-6)
+    assert scores.grad is not None
+    expected = [0, 0, -0.133771, -0.118115, -0.055994]
+    assert scores.grad[0].tolist() == pytest.approx(expected, abs=1e-6)
+    assert scores.grad[1].tolist() == pytest.approx([-x for x in expected], abs=1e-6)
+
+
+def test_an_answer_that_has_ended_keeps_its_last_score() -> None:
+    """Three tokens against two that part at place 1: d = .5 - .3 and .9 - .3, -log s = .598139 and .437488, mean
+    .517813. Derivatives: -s(-.2) / 2 = -.225083 and -s(-.6) / 2 = -.177172, and their sum .402255 at the shorter one's
+    last token; nothing at its padding, which holds NaN."""
+    scores = torch.stack([double(0.1, 0.5, 0.9), double(0.1, 0.3, math.nan)]).requires_grad_()
+    ids, mask = torch.tensor([[5, 6, 7], [5, 8, 7]]), torch.tensor([[True, True, True], [True, True, False]])
+    result = divergence_span_loss(scores, ids, mask, *ONE_PAIR)
+    result.loss.backward()
+    assert result.loss.item() == pytest.approx(0.517813, abs=1e-6)
+    assert scores.grad is not None
+    assert scores.grad[0].tolist() == pytest.approx([0, -0.225083, -0.177172], abs=1e-6)
+    assert scores.grad[1].tolist() == pytest.approx([0, 0.402255, 0], abs=1e-6)
+
+
+def test_a_span_with_margin_and_soft_label() -> None:
+    """One token at d = ln 4 + 1, less the margin 1: at p = .8 the entropy .500402, without derivative; the metric
+    leaves the margin out: .8 log(1 + e^-d) + .2 log(1 + e^d) at d = 2.386294 is .8 * .087983 + .2 * 2.474277 =
+    .565242."""
+    scores = double(math.log(4) + 1, 0)[:, None].requires_grad_()
+    result = divergence_span_loss(
+        scores, torch.tensor([[1], [2]]), torch.ones(2, 1, dtype=torch.bool), *ONE_PAIR,
+        margins=double(1), soft_labels=double(0.8),
+    )  # fmt: skip
+    result.loss.backward()
+    assert result.loss.item() == pytest.approx(0.500402, abs=1e-6)
+    assert result.span_loss_sum.item() == pytest.approx(0.565242, abs=1e-6)
+    assert scores.grad is not None and scores.grad.abs().max() < 1e-12
+
+
+def test_identical_answers_are_counted_and_left_out() -> None:
+    """The group beside them keeps its loss -log s(1) = .313262; as the one group with a pair it is the mean."""
+    scores, ids = double(1, 0, 5, 7)[:, None], torch.tensor([[1], [2], [3], [3]])
+    groups = torch.tensor([0, 0, 1, 1])
+    result = divergence_span_loss(scores, ids, torch.ones(4, 1, dtype=torch.bool), torch.tensor([0, 1, 0, 1]), groups)
+    assert result.loss.item() == pytest.approx(0.313262, abs=1e-6)
+    assert (result.identical_count.item(), result.pair_count.item(), result.group_count.item()) == (1, 1, 1)
+
+
+def test_a_pair_hopelessly_wrong_costs_its_difference_and_no_infinity() -> None:
+    scores = torch.tensor([[-500.0], [500.0]]).requires_grad_()
+    ids = torch.tensor([[1], [2]])
+    result = divergence_span_loss(scores, ids, torch.ones(2, 1, dtype=torch.bool), *ONE_PAIR)
+    result.loss.backward()
+    assert result.loss.item() == 1000
+    assert scores.grad is not None and scores.grad.flatten().tolist() == [-1, 1]
+
+
+def test_a_group_drawn_twice_weighs_as_two_and_one_not_drawn_as_none() -> None:
+    """Weights 2, 0 over -log s(1) = .313262 and -log s(-1) = 1.313262: 2 * .313262 / 2 groups; the penalty of means .5
+    and .5 is 2 * 1 / 2. Metrics are of the data as it is."""
+    scores, ranks, groups = double(1, 0, 0, 1), torch.tensor([0, 1, 0, 1]), torch.tensor([0, 0, 1, 1])
+    result = ranked_loss(scores, ranks, groups, weights=double(2, 0))
+    assert result.loss.item() == pytest.approx(0.313262, abs=1e-6)
+    assert result.log_loss_sum.item() == pytest.approx(0.313262 + 1.313262, abs=1e-6)
+    assert centring_penalty(scores, groups, weights=double(2, 0)).item() == pytest.approx(1)
+    ids, mask = torch.tensor([[1], [2], [3], [4]]), torch.ones(4, 1, dtype=torch.bool)
+    span = divergence_span_loss(scores[:, None], ids, mask, ranks, groups, weights=double(2, 0))
+    assert span.loss.item() == pytest.approx(0.313262, abs=1e-6)

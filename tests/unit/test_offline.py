@@ -278,4 +278,6 @@ def test_the_held_out_loss_of_a_text_does_not_depend_on_its_neighbours() -> None
 
 @pytest.mark.parametrize(("ranks", "teaches"), [((0, 1), True), ((1, 1), False), ((0, 0, 1), True), ((2, 2, 2), False)])
 def test_ties_alone_teach_nothing(ranks: tuple[int, ...], teaches: bool) -> None:
-    assert Comparison(TEXTS[0], ranks).has_pairs == teaches
+    answers = ("defg", "hij", "k")[: len(ranks)]
+    assert Comparison(token_group("abc", *answers), ranks).has_pairs == teaches
+    assert not Comparison(token_group("abc", *["defg"] * len(ranks)), ranks).has_pairs, "equal answers score the same"

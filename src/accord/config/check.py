@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import get_args
 
-from accord.config.offline import MARGIN_FREE, DPOConfig, KTOConfig, PairLoss
+from accord.config.offline import MARGIN_FREE, DPOConfig, KTOConfig, PairLoss, RewardConfig
 from accord.config.online import PPOConfig, REINFORCEConfig, RolloutFields, SamplingFields
 from accord.config.recipe import Recipe
 from accord.config.sections import Section
@@ -49,6 +49,8 @@ def contradictions(recipe: Recipe) -> list[str]:
 def _methods(recipe: Recipe) -> list[str]:
     """Contradictions within the section of one method."""
     problems: list[str] = []
+    if recipe.reward is not None:
+        problems.extend(_reward(recipe.reward))
     if recipe.ppo is not None:
         problems.extend(_ppo(recipe.ppo))
     if recipe.dpo is not None:
@@ -106,6 +108,15 @@ def _shaping(stage: str, section: RolloutFields) -> list[str]:
     if shaping.truncation == "leave_out" and _changed(section, "missing_eos_penalty"):
         problems.append(f"`{stage}.missing_eos_penalty` is not read with `{key}.truncation` = leave_out: drop one")
     return problems
+
+
+def _reward(reward: RewardConfig) -> list[str]:
+    if reward.length_decorrelation and reward.loss != "pairs":
+        return [
+            f"`reward.length_decorrelation` splits the scores of whole answers, and `reward.loss` = {reward.loss} "
+            "learns those of every token: set one of them to its default"
+        ]
+    return []
 
 
 def _dpo(dpo: DPOConfig) -> list[str]:

@@ -56,6 +56,24 @@ class RewardConfig(OfflineFields):
         0.01, ge=0, description="Weight of the mean squared sum of a pair's scores, which keeps scores near zero."
     )
     use_margins: bool = Field(True, description="Use the margins of the data where it has them.")
+    heads: int = Field(
+        1,
+        ge=1,
+        description="Heads on the one trunk, each with its own start and its own bootstrap of the comparisons: an "
+        "ensemble, whose score is the mean and whose disagreement says where it is unsure.",
+    )
+    loss: Literal["pairs", "divergence_span"] = Field(
+        "pairs",
+        description="What is compared: `pairs`, the scores of whole answers; `divergence_span`, the scores at every "
+        "token from where the answers part.",
+    )
+    length_decorrelation: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the terms that keep scores uncorrelated with length, by a second head that is dropped "
+        "after training; 0 = off, the paper has 1.",
+    )
+    min_words: int = Field(0, ge=0, description="Leave out answers of fewer words than this.")
     normalise_on: Literal["auto", "demonstrations", "chosen", "none"] = Field(
         "auto",
         description="After training, shift the scores so that these answers score 0 on average: the demonstrations of "

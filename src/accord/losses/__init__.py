@@ -20,6 +20,7 @@ from accord.losses.group import (
 from accord.losses.ilql import ILQLTerm, awac_loss, cql_loss, expectile_loss, ilql_advantages, polyak, q_loss
 from accord.losses.kl import KLLoss, adaptive_kl_coef, categorical_kl, kl_k1, kl_k2, kl_k2_loss, kl_k3, kl_k3_loss
 from accord.losses.kto import UnpairedLoss, bco_loss, class_weights, kto_loss, kto_reference_point
+from accord.losses.length import LengthPenalty, alignment_penalty, length_penalty
 from accord.losses.masked import masked_mean, masked_sum, mean_logprobs, sequence_logprobs, whiten
 from accord.losses.orpo import OddsRatioLoss, orpo_loss
 from accord.losses.ppo import EntropyLoss, PolicyLoss, ValueLoss, entropy_loss, ppo_policy_loss, ppo_value_loss
@@ -36,7 +37,14 @@ from accord.losses.preference import (
     robust_dpo_loss,
     simpo_loss,
 )
-from accord.losses.reward import RewardLoss, centring_penalty, pairwise_loss, ranked_loss
+from accord.losses.reward import (
+    RewardLoss,
+    SpanLoss,
+    centring_penalty,
+    divergence_span_loss,
+    pairwise_loss,
+    ranked_loss,
+)
 from accord.losses.sft import SFTLoss, sft_loss
 
 __all__ = [
@@ -44,14 +52,17 @@ __all__ = [
     "EntropyLoss",
     "ILQLTerm",
     "KLLoss",
+    "LengthPenalty",
     "OddsRatioLoss",
     "PolicyLoss",
     "PreferenceLoss",
     "RewardLoss",
     "SFTLoss",
+    "SpanLoss",
     "UnpairedLoss",
     "ValueLoss",
     "adaptive_kl_coef",
+    "alignment_penalty",
     "apo_down_loss",
     "apo_zero_loss",
     "awac_loss",
@@ -66,6 +77,7 @@ __all__ = [
     "constant_length_weights",
     "cpo_loss",
     "cql_loss",
+    "divergence_span_loss",
     "dpo_loss",
     "entropy_loss",
     "expectile_loss",
@@ -81,6 +93,7 @@ __all__ = [
     "kl_k3_loss",
     "kto_loss",
     "kto_reference_point",
+    "length_penalty",
     "masked_mean",
     "masked_sum",
     "mean_logprobs",

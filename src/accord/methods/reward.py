@@ -1,51 +1,43 @@
-"""The reward model: a scalar for an answer, from comparisons of answers to the same prompt.
+"""The reward model's step: a scalar for an answer, from comparisons of answers to the same prompt.
 
-    loss = mean over prompts of the mean over its pairs of -log sigmoid(score(better) - score(worse) - margin)
+    pair   = -log sigmoid(score(better) - score(worse) - margin)
+    prompt = mean of its pairs + centring_coef * (2 * mean score of its answers)^2
+    loss   = mean over heads of the mean over prompts of weight * prompt
 
-The head reads the hidden state of the answer's last token. After training, the scores are shifted so that reference
-answers score 0 on average, inside the head's weights, so every reader of the saved model sees the same scores.
+The heads read the hidden state of the answer's last token, or with the span loss of every token from where the answers
+part. With several heads each prompt counts in each head as often as a bootstrap draws it; with one, once. Length
+decorrelation adds a head and three terms, see `LengthDecorrelation`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from itertools import combinations
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from accord.config import RewardConfig
-from accord.losses.reward import centring_penalty, ranked_loss
-from accord.measures.statistics import calibration_bins, calibration_error, pearson, win_rate
-from accord.methods.card import model_card
-from accord.methods.context import (
-    Context,
-    LoadedPolicy,
-    adapt,
-    base_folder,
-    choose_layout,
-    data_note,
-    headline,
-    run_stage,
-    save_trained,
-    stage_model,
-    tokenised,
-    weights_hash,
-)
-from accord.methods.corpus import split_holdout
-from accord.methods.offline import OfflineTrainer, PolicyLogprobs, Sums, group_passes
-from accord.models.heads import shift_scores
+from accord.losses.length import alignment_penalty, length_penalty
+from accord.losses.masked import Count
+from accord.losses.reward import RewardLoss, centring_penalty, divergence_span_loss, ranked_loss
+from accord.methods.offline import PolicyLogprobs, Sums, group_passes
+from accord.models.heads import score_head
 from accord.models.layout import CompletionBatch, Layout, collate
-from accord.models.load import reward_model_from
-from accord.models.token_scores import last_hidden_states, score_completions
-from accord.randomness import torch_seed
-from accord.records import Group, Interval, TokenGroup
-from accord.training.loop import run_training
-from accord.training.runfolder import RunFolder
+from accord.models.token_scores import head_scores, token_head_scores
+from accord.randomness import generator
+from accord.records import TokenGroup
 
-__all__ = ["Comparison", "RewardObjective", "run_reward"]
+__all__ = [
+    "Comparison",
+    "LengthDecorrelation",
+    "RewardObjective",
+    "RewardStep",
+    "bootstrap_weight",
+    "compared",
+    "read_scores",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,255 +50,216 @@ class Comparison:
     soft_label: float = 1.0
 
     @property
+    def is_tie(self) -> bool:
+        """All answers have the same rank."""
+        return len(set(self.ranks)) == 1
+
+    @property
     def has_pairs(self) -> bool:
-        return len(set(self.ranks)) > 1
+        """Two answers differ in rank and in tokens: of equal tokens, no score can put one above the other."""
+        answers = zip(self.ranks, (completion.ids for completion in self.tokens.completions), strict=True)
+        return any(a[0] != b[0] and a[1] != b[1] for a, b in combinations(answers, 2))
+
+
+def bootstrap_weight(seed: int, head: int, prompt_id: int) -> int:
+    """How often a head's bootstrap sample has a prompt: Poisson(1), what drawing n times out of n prompts comes to for
+    large n. A function of its arguments alone; all comparisons of a prompt are drawn together.
+
+    Source: Efron 1979, Annals of Statistics 7(1); Poisson draws: Oza & Russell 2001, AISTATS.
+    """
+    return int(generator("reward-bootstrap", seed, head, prompt_id).poisson(1.0))
+
+
+def compared(
+    items: Sequence[Comparison], scores: Tensor, *, weights: Tensor | None = None, num_groups: Count | None = None
+) -> RewardLoss:
+    """`ranked_loss` of the items' completions, whose scores (C,) stand in the items' order."""
+    return ranked_loss(scores, *_labels(items), weights=weights, num_groups=num_groups, **_options(items))
+
+
+def _labels(items: Sequence[Comparison]) -> tuple[Tensor, Tensor]:
+    """(C,) ranks and group index."""
+    ranks = torch.tensor([rank for item in items for rank in item.ranks])
+    return ranks, torch.tensor([index for index, item in enumerate(items) for _ in item.ranks])
+
+
+def _options(items: Sequence[Comparison]) -> dict[str, Tensor]:
+    return {
+        "margins": torch.tensor([item.margin for item in items]),
+        "soft_labels": torch.tensor([item.soft_label for item in items]),
+    }
+
+
+def read_scores(model: Any, items: Sequence[Comparison], *, layout: Layout, pad_id: int, budget: int) -> list[Tensor]:
+    """(n, K) scores of each item's n completions by every head of the model, in the items' order; without gradient."""
+    result = [torch.empty(0)] * len(items)
+    for indices in group_passes(range(len(items)), lambda i: items[i].tokens, layout, budget):
+        batch = collate([items[i].tokens for i in indices], layout=layout, pad_id=pad_id)
+        with torch.no_grad():
+            scores = head_scores(model, batch)
+        parts = scores.split([len(items[i].ranks) for i in indices])
+        for index, part in zip(indices, parts, strict=True):
+            result[index] = part
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class LengthSlopes:
+    """What the length terms of a step come to: the derivative of the penalty by each score of an item, (n, K + 1), by
+    the item's identity; and the correlations with length, of the quality (mean over heads) and of the length head."""
+
+    of_item: dict[int, Tensor]
+    quality: float
+    length_head: float
+
+
+class LengthDecorrelation:
+    """Length decorrelation: K quality heads and, last, a length head that is thrown away after training.
+
+        weight * (mean over quality heads of |r(quality, length)| - r(length head, length)
+                  + mean over quality heads of |cos(their weights, the length head's)|)
+
+    while the comparisons are learned by the sum of quality and length head. r is Pearson's over all answers of the
+    optimiser step. It needs all of their scores before the first gradient, so they are read once more, without
+    gradient; what micro-batches add up to is then exact (see `length_penalty`).
+    Source: Chen et al. 2024, arXiv:2402.07319. Departures: one weight for all terms (the paper has 1 and 1), and those
+        of the terms, see `losses/length.py`.
+
+    read: scores (n, K + 1) of each item, as `read_scores` gives.
+    """
+
+    def __init__(self, weight: float, read: Callable[[Sequence[Comparison]], list[Tensor]]) -> None:
+        self._weight, self._read = weight, read
+
+    def begin(self, items: Sequence[Comparison]) -> LengthSlopes:
+        parts = self._read(items)
+        scores = torch.cat(parts).requires_grad_()
+        lengths = torch.tensor([len(c.ids) for item in items for c in item.tokens.completions])
+        penalty = length_penalty(scores[:, :-1], scores[:, -1], lengths)
+        (slopes,) = torch.autograd.grad(penalty.loss, scores, allow_unused=True)
+        slopes = torch.zeros_like(scores) if slopes is None else slopes
+        by_item = slopes.split([len(part) for part in parts])
+        return LengthSlopes(
+            {id(item): slope for item, slope in zip(items, by_item, strict=True)},
+            float(penalty.quality.mean()),
+            float(penalty.length_head),
+        )
+
+    def term(
+        self, model: Any, items: Sequence[Comparison], scores: Tensor, slopes: LengthSlopes, share: float
+    ) -> Tensor:
+        """What a micro-batch, `share` of the step's items, adds to the loss: the gradient is its part of the step's,
+        the value means nothing."""
+        weights = score_head(model).weight
+        moved = (scores * torch.cat([slopes.of_item[id(item)] for item in items])).sum()
+        return self._weight * (moved + share * alignment_penalty(weights[:-1], weights[-1]))
+
+
+@dataclass(frozen=True, slots=True)
+class RewardStep:
+    """What a step's micro-batches need to know: its number of comparisons, and the length terms."""
+
+    count: int
+    slopes: LengthSlopes | None
 
 
 class RewardObjective:
-    """Bradley-Terry over the pairs of each prompt, every prompt weighing the same, plus the centring penalty."""
+    """Bradley-Terry over the pairs of each prompt, every prompt weighing the same, plus the centring penalty.
 
-    def __init__(self, centring_coef: float) -> None:
-        self._centring_coef = centring_coef
+    heads: quality heads, the model's first ones. seed: of their bootstrap. loss: of the scores of whole answers, or of
+    every token from where they part. length: the model has a length head besides.
+    """
+
+    def __init__(
+        self,
+        centring_coef: float,
+        *,
+        heads: int = 1,
+        seed: int = 0,
+        loss: Literal["pairs", "divergence_span"] = "pairs",
+        length: LengthDecorrelation | None = None,
+    ) -> None:
+        self._centring_coef, self._heads, self._seed, self._loss, self._length = (
+            centring_coef,
+            heads,
+            seed,
+            loss,
+            length,
+        )
 
     def tokens(self, item: Comparison) -> TokenGroup:
         return item.tokens
 
-    def begin(self, items: Sequence[Comparison], logprobs: PolicyLogprobs) -> float:
-        return len(items)
+    def begin(self, items: Sequence[Comparison], logprobs: PolicyLogprobs) -> RewardStep:
+        return RewardStep(len(items), None if self._length is None else self._length.begin(items))
 
-    def loss(self, model: Any, items: Sequence[Comparison], batch: CompletionBatch, step: float) -> tuple[Tensor, Sums]:
-        scores = score_completions(model, batch)
-        result = ranked_loss(
-            scores,
-            torch.tensor([rank for item in items for rank in item.ranks]),
-            batch.group_index,
-            margins=torch.tensor([item.margin for item in items]),
-            soft_labels=torch.tensor([item.soft_label for item in items]),
-            num_groups=step,
-        )
-        loss = result.loss
-        if self._centring_coef:
-            loss = loss + self._centring_coef * centring_penalty(scores, batch.group_index, num_groups=step)
-        sums = {
-            "log_loss": float(result.log_loss_sum),
-            "groups": float(result.group_count),
-            "correct": float(result.correct_sum),
-            "margin": float(result.score_margin_sum),
-            "pairs": float(result.pair_count),
-            "score": float(scores.detach().sum()),
-            "completions": float(len(scores)),
-        }
+    def loss(
+        self, model: Any, items: Sequence[Comparison], batch: CompletionBatch, step: RewardStep
+    ) -> tuple[Tensor, Sums]:
+        by_token = token_head_scores(model, batch) if self._loss == "divergence_span" else None
+        scores = head_scores(model, batch) if by_token is None else _at_last_token(by_token, batch)
+        quality = scores[:, : self._heads]
+        terms, sums = [], self._sums(items, quality.detach().mean(1))
+        for head in range(self._heads):
+            weights, own = self._weights(items, head), quality[:, head]
+            if by_token is None:
+                judged = own if self._length is None else own + scores[:, self._heads]
+                term = compared(items, judged, weights=weights, num_groups=step.count).loss
+            else:
+                span = divergence_span_loss(
+                    by_token[:, :, head], batch.completion_ids, batch.valid_mask, *_labels(items),
+                    weights=weights, num_groups=step.count, **_options(items),
+                )  # fmt: skip
+                term = span.loss
+                sums["span_loss"] = sums.get("span_loss", 0.0) + float(span.span_loss_sum) / self._heads
+            if self._centring_coef:
+                penalty = centring_penalty(own, batch.group_index, weights=weights, num_groups=step.count)
+                term = term + self._centring_coef * penalty
+            terms.append(term)
+        loss = torch.stack(terms).mean()
+        if self._length is not None and step.slopes is not None:
+            share = len(items) / step.count
+            loss = loss + self._length.term(model, items, scores, step.slopes, share)
+            sums |= {"length": share * step.slopes.quality, "length_head": share * step.slopes.length_head}
         return loss, sums
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        return {
+        metrics = {
             "train/loss": sums["log_loss"] / max(1.0, sums["groups"]),
             "train/accuracy": sums["correct"] / max(1.0, sums["pairs"]),
             "train/margin/mean": sums["margin"] / max(1.0, sums["pairs"]),
             "train/score/mean": sums["score"] / max(1.0, sums["completions"]),
         }
+        if "span_loss" in sums:
+            metrics["train/span_loss"] = sums["span_loss"] / max(1.0, sums["groups"])
+        if "length" in sums:
+            metrics |= {
+                "train/length_correlation": sums["length"],
+                "train/length_head_correlation": sums["length_head"],
+            }
+        return metrics
+
+    def _weights(self, items: Sequence[Comparison], head: int) -> Tensor | None:
+        """(G,) how often each item counts for this head; None for a single head, which sees the data as it is."""
+        if self._heads == 1:
+            return None
+        return torch.tensor([float(bootstrap_weight(self._seed, head, item.tokens.prompt_id)) for item in items])
+
+    def _sums(self, items: Sequence[Comparison], scores: Tensor) -> Sums:
+        """What the metrics are made of: the score that is used afterwards, on the data as it is."""
+        result = compared(items, scores)
+        return {
+            "log_loss": float(result.log_loss_sum),
+            "groups": float(result.group_count),
+            "correct": float(result.correct_sum),
+            "margin": float(result.score_margin_sum),
+            "pairs": float(result.pair_count),
+            "score": float(scores.sum()),
+            "completions": float(len(scores)),
+        }
 
 
-@dataclass(frozen=True, slots=True)
-class HeldOut:
-    """Scores of held-out comparisons: one entry a pair (score(better) - score(worse), prompt), one a completion."""
-
-    differences: tuple[float, ...]
-    pair_prompts: tuple[int, ...]
-    log_loss: float
-    scores: tuple[float, ...]
-    lengths: tuple[int, ...]
-
-    def accuracy(self) -> Interval:
-        """Share of pairs in the annotators' order, ties half, with a prompt-clustered interval."""
-        return win_rate([1.0 if d > 0 else 0.5 if d == 0 else 0.0 for d in self.differences], self.pair_prompts)
-
-
-def _score_held_out(model: Any, items: Sequence[Comparison], layout: Layout, pad_id: int, budget: int) -> HeldOut:
-    differences: list[float] = []
-    prompts: list[int] = []
-    scores_of: list[float] = []
-    lengths: list[int] = []
-    objective, sums = RewardObjective(0.0), {"log_loss": 0.0, "groups": 0.0}
-    for items_of_pass in group_passes(items, objective.tokens, layout, budget):
-        batch = collate([item.tokens for item in items_of_pass], layout=layout, pad_id=pad_id)
-        with torch.no_grad():
-            _, part = objective.loss(model, items_of_pass, batch, len(items))
-            scores = score_completions(model, batch).tolist()
-        for name in sums:
-            sums[name] += part[name]
-        scores_of += scores
-        lengths += batch.valid_mask.sum(1).tolist()
-        for index, item in enumerate(items_of_pass):
-            own = [s for s, g in zip(scores, batch.group_index.tolist(), strict=True) if g == index]
-            for i, rank in enumerate(item.ranks):
-                for j, other in enumerate(item.ranks):
-                    if rank < other:
-                        differences.append(own[i] - own[j])
-                        prompts.append(item.tokens.prompt_id)
-    return HeldOut(
-        tuple(differences),
-        tuple(prompts),
-        sums["log_loss"] / max(1.0, sums["groups"]),
-        tuple(scores_of),
-        tuple(lengths),
-    )
-
-
-def run_reward(context: Context) -> dict[str, Any]:
-    """Train (or continue, or find finished) the reward model of this run; returns its summary."""
-    section = context.recipe.reward
-    assert section is not None
-    start: Path | str = section.init or stage_model(context, "sft") or base_folder(context)
-    part = context.corpus.comparisons()
-    references = _reference_groups(context, section)
-    sources = part.sources | _reference_sources(context, section) | weights_hash(start)
-
-    def body(run: RunFolder) -> dict[str, Any]:
-        for note in part.notes:
-            context.say(note)
-        policy = LoadedPolicy.from_folder(start, context.recipe.model.template)
-        train, held_out = split_holdout(part.groups, context.recipe.data.holdout)
-        items = _comparisons(context, train, policy, section, "comparisons")
-        tests = _comparisons(context, held_out, policy, section, "held-out comparisons")
-        layout = choose_layout(context, policy.model, [c.tokens for c in items], policy.pad_id)
-        model = reward_model_from(policy.model, torch_seed(context.seed, "reward-head"))
-        adapt(context, model, "reward")
-
-        def measure() -> dict[str, float]:
-            if not tests:
-                return {}
-            scored = _score_held_out(model, tests, layout, policy.pad_id, section.micro_batch_tokens)
-            margin = sum(scored.differences) / max(1, len(scored.differences))
-            accuracy = scored.accuracy().value if scored.differences else 0.5
-            return {"eval/loss": scored.log_loss, "eval/accuracy": accuracy, "eval/margin/mean": margin}
-
-        trainer = OfflineTrainer(
-            "reward", model, items, section, section, RewardObjective(section.centring_coef),
-            layout=layout, pad_id=policy.pad_id, seed=context.seed, evaluate=measure,
-        )  # fmt: skip
-        context.say(
-            f"{len(items)} comparisons, {len(tests)} held out, {trainer.total_steps} steps of {section.batch_size}"
-        )
-        run_training(trainer, run, context.console)
-        shift = _normalise(context, model, policy, references, items, section.micro_batch_tokens)
-        scored = _score_held_out(model, tests, layout, policy.pad_id, section.micro_batch_tokens) if tests else None
-        summary = _summary(len(items), trainer.total_steps, scored, shift)
-        summary["account"] += data_note(part)
-        card = model_card(context.recipe, "reward", start, sources, summary)
-        save_trained(model, policy.template.tokenizer, run.path / "model", start=start, card=card)
-        return summary
-
-    data = context.recipe.data.model_dump(mode="json", include={"holdout", "max_tokens", "max_prompt_tokens"})
-    settings = {"reward": section.model_dump(mode="json"), "data": data}
-    return run_stage(context, "reward", settings=settings, sources=sources, body=body)
-
-
-def _comparisons(
-    context: Context, groups: list[Group], policy: LoadedPolicy, section: RewardConfig, what: str
-) -> list[Comparison]:
-    pairs = tokenised(context, groups, policy.template, what)
-    items = [
-        Comparison(
-            tokens,
-            tuple(c.rank or 0 for c in group.completions),
-            (group.margin or 0.0) if section.use_margins else 0.0,
-            1.0 if group.soft_label is None else group.soft_label,
-        )
-        for group, tokens in pairs
-    ]
-    usable = [item for item in items if item.has_pairs]
-    if len(usable) < len(items):
-        context.say(f"{len(items) - len(usable)} of {len(items)} {what} are ties and teach nothing: left out")
-    return usable
-
-
-def _uses_demonstrations(context: Context, section: RewardConfig) -> bool:
-    if section.normalise_on == "auto":
-        return bool(context.corpus.sft.groups)
-    return section.normalise_on == "demonstrations"
-
-
-def _reference_groups(context: Context, section: RewardConfig) -> tuple[Group, ...]:
-    """The answers that shall score 0 on average; none when the config says so."""
-    if section.normalise_on == "none":
-        return ()
-    part = context.corpus.demonstrations() if _uses_demonstrations(context, section) else context.corpus.comparisons()
-    if part.groups and part.groups[0].kind != "sft":
-        best = [(g, min(g.completions, key=lambda c: c.rank or 0)) for g in part.groups]
-        groups: tuple[Group, ...] = tuple(Group(g.prompt, (c,), origin=g.origin) for g, c in best)
-    else:
-        groups = part.groups
-    return tuple(split_holdout(groups, context.recipe.data.holdout)[0])[:REFERENCES_USED]
-
-
-REFERENCES_USED = 2000  # the mean score of more answers changes nothing that could be seen
-
-
-def _reference_sources(context: Context, section: RewardConfig) -> dict[str, str]:
-    uses = section.normalise_on != "none" and _uses_demonstrations(context, section)
-    return context.corpus.demonstrations().sources if uses else {}
-
-
-def _normalise(
-    context: Context,
-    model: Any,
-    policy: LoadedPolicy,
-    references: tuple[Group, ...],
-    items: Sequence[Comparison],
-    budget: int,
-) -> str:
-    """Shift the head so that the reference answers score 0 on average; says how well that went."""
-    if not references:
-        return "Scores are not normalised: their level means nothing."
-    groups = [t for _, t in tokenised(context, list(references), policy.template, "reference answers")]
-    compared = [item.tokens for item in items[:REFERENCES_USED]]
-    states = [_last_states(model, policy, part, budget) for part in (groups, compared)]
-    residual = shift_scores(model, *states)
-    uneven = f"; single scores moved unevenly by {residual:.2g}" if residual else ""
-    return f"Scores are shifted so that {len(groups):,} reference answers score 0 on average{uneven}."
-
-
-def _last_states(model: Any, policy: LoadedPolicy, groups: Sequence[TokenGroup], budget: int) -> Tensor:
-    """(C, H) hidden state of every completion's last token."""
-    states = []
-    for groups_of_pass in group_passes(groups, lambda g: g, "plain", budget):
-        batch = collate(groups_of_pass, layout="plain", pad_id=policy.pad_id)
-        with torch.no_grad():
-            states.append(last_hidden_states(model, batch))
-    return torch.cat(states)
-
-
-def _summary(count: int, steps: int, scored: HeldOut | None, shift: str) -> dict[str, Any]:
-    account = [f"A reward model learned from {count:,} comparisons in {steps:,} optimiser steps.", shift]
-    if scored is None or not scored.differences:
-        warning = "Nothing was held out, so it is not known how well this reward model judges: set `data.holdout`."
-        return {"headline": [], "account": account, "warnings": [warning]}
-    accuracy, error = scored.accuracy(), calibration_error(scored.differences)
-    length = pearson(scored.lengths, scored.scores)
-    account.append(
-        f"On {len(scored.differences):,} held-out pairs it agrees with the annotators {accuracy.value:.1%} of the time "
-        f"(95% interval {accuracy.low:.1%} to {accuracy.high:.1%}). Annotators disagree with each other, so 100% is "
-        f"not "
-        f"attainable. Its confidence is off by {error:.1%} on average. The correlation of score and length is "
-        f"{length.value:+.2f}."
-    )
-    warnings = []
-    if accuracy.low <= 0.5:
-        warnings.append("This reward model is not distinguishable from guessing: do not optimise against it.")
-    if abs(length.value) > 0.5:
-        warnings.append(f"Scores follow length (correlation {length.value:+.2f}): expect PPO to exploit that.")
-    return {
-        "headline": [
-            headline("eval/accuracy", accuracy),
-            headline("eval/calibration_error", error),
-            headline("eval/length_correlation", length),
-            headline("eval/loss", scored.log_loss),
-        ],
-        "account": account,
-        "warnings": warnings,
-        "calibration": [
-            {"predicted": b.confidence, "observed": b.accuracy, "n": b.count}
-            for b in calibration_bins(scored.differences)
-        ],
-    }
+def _at_last_token(scores: Tensor, batch: CompletionBatch) -> Tensor:
+    """(C, K) of (C, T, K): each completion's score at its last token."""
+    last = batch.valid_mask.sum(1) - 1
+    return scores[torch.arange(len(scores), device=scores.device), last]

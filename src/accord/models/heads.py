@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from accord.errors import ConfigError
 
-__all__ = ["average_heads", "fill_head", "scalar_head", "score_head", "shift_scores"]
+__all__ = ["average_heads", "fill_head", "keep_heads", "scalar_head", "score_head", "shift_scores"]
 
 # Added to the second moment, as a share of its mean, so that directions in which these answers happen not to vary do
 # not look free of cost.
@@ -46,15 +46,27 @@ def score_head(model: Any) -> nn.Linear:
 def average_heads(model: Any) -> None:
     """Puts one head in the place of K: their mean, so that its output is the mean of theirs."""
     head = score_head(model)
-    if head.out_features == 1:
-        return
-    mean = nn.Linear(head.in_features, 1, bias=head.bias is not None, dtype=head.weight.dtype)
+    if head.out_features > 1:
+        bias = None if head.bias is None else head.bias.mean(0, keepdim=True)
+        _put_head(model, head.weight.mean(0, keepdim=True), bias)
+
+
+def keep_heads(model: Any, count: int) -> None:
+    """Leaves the model its first `count` heads and drops the others."""
+    head = score_head(model)
+    if head.out_features > count:
+        _put_head(model, head.weight[:count], None if head.bias is None else head.bias[:count])
+
+
+def _put_head(model: Any, weight: Tensor, bias: Tensor | None) -> None:
+    """Puts a linear layer of these weights (K, H) and bias (K,) in the place of the model's head."""
+    head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
-        mean.weight.copy_(head.weight.mean(0, keepdim=True))
-        if head.bias is not None:
-            mean.bias.copy_(head.bias.mean(0, keepdim=True))
-    model.score = mean.to(head.weight.device)
-    model.config.num_labels = model.num_labels = 1
+        head.weight.copy_(weight)
+        if bias is not None:
+            head.bias.copy_(bias)
+    model.score = head
+    model.config.num_labels = model.num_labels = len(weight)
 
 
 def fill_head(model: nn.Module, seed: int) -> None:

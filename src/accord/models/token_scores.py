@@ -29,6 +29,7 @@ __all__ = [
     "score_tokens",
     "score_values",
     "spread",
+    "token_head_scores",
 ]
 
 
@@ -91,6 +92,15 @@ def head_scores(reward_model: Any, batch: CompletionBatch) -> Tensor:
 def score_completions(reward_model: Any, batch: CompletionBatch) -> Tensor:
     """(C,) score of each completion: the mean of its scores by the heads."""
     return head_scores(reward_model, batch).mean(1)
+
+
+def token_head_scores(reward_model: Any, batch: CompletionBatch) -> Tensor:
+    """(C, T, K) score by each head of each completion as far as token t: the heads on that token's hidden state. 0,
+    without gradient, where there is no token."""
+    hidden = _hidden_states(reward_model, batch)
+    scores = _at_least_float32(score_head(reward_model)(hidden)).flatten(0, 1)
+    places = batch.row_index[:, None] * hidden.shape[1] + batch.token_index
+    return torch.where(batch.valid_mask[:, :, None], scores[places], 0.0)
 
 
 def last_hidden_states(model: Any, batch: CompletionBatch) -> Tensor:
