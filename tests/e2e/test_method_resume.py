@@ -26,7 +26,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "kto": ("kto", OFFLINE),
     "bco": ("kto", OFFLINE | {"loss": "bco"}),
     "ilql": ("ilql", OFFLINE | {"sync_every": 3, "target_rate": 0.5}),
-    "grpo": ("grpo", ONLINE | {"kl_term": "loss_k3", "update_epochs": 2, "minibatches": 2}),
+    "grpo": ("grpo", ONLINE | {"kl_estimator": "k3", "update_epochs": 2, "minibatches": 2}),
     "reinforce": ("reinforce", ONLINE),
     "online_dpo": ("online_dpo", ONLINE | {"samples_per_prompt": 2}),
 }

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from accord.losses import entropy_loss, ppo_policy_loss, ppo_value_loss
+from accord.losses.ppo import sampler_weights
 
 ONE = torch.ones(1, 1, dtype=torch.bool)
 
@@ -101,3 +102,50 @@ def test_entropy_loss_is_minus_the_mean_over_counted_tokens() -> None:
     assert entropies.grad[0].tolist() == [-0.5, 0.0, -0.5]
     assert result.entropy_sum.item() == 4.0
     assert result.token_count.item() == 2
+
+
+# --- a bandit that something else than the policy plays --------------------------------------------------------------
+
+P = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)  # the trainer's policy, before the update
+Q = torch.tensor([0.4, 0.2, 0.4], dtype=torch.float64)  # what was sampled from
+ADVANTAGES = torch.tensor([1.0, 3.0, -2.0], dtype=torch.float64)
+
+
+def bandit_gradient(cap: float | None) -> list[float]:
+    """Of the expected objective over the samples of Q, by the logits; None = as if the policy had played."""
+    logits = P.log().requires_grad_()
+    new, old, sampler = torch.log_softmax(logits, 0)[:, None], P.log()[:, None], Q.log()[:, None]
+    mask = torch.ones(3, 1, dtype=torch.bool)
+    weights = torch.ones(3, 1) if cap is None else sampler_weights(old, sampler, mask, cap=cap)
+    advantages = Q[:, None] * weights * ADVANTAGES[:, None]  # each arm as often as it is played
+    loss = ppo_policy_loss(new, old, advantages, mask, clip_range=0.2, num_tokens=1).loss
+    return torch.autograd.grad(-loss, logits)[0].tolist()
+
+
+def test_weights_of_what_a_sampler_drew() -> None:
+    """p / q = 1.25, 1.5, .5; a cap of 1.4 cuts the second; what is masked weighs nothing."""
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    for cap, expected in ((2.0, [1.25, 1.5, 0.5]), (1.4, [1.25, 1.4, 0.5])):
+        assert sampler_weights(P.log()[None], Q.log()[None], mask, cap=cap)[0].tolist() == pytest.approx(expected)
+    masked = sampler_weights(P.log()[None], Q.log()[None], torch.tensor([[True, False, True]]), cap=2.0)
+    assert masked[0].tolist() == pytest.approx([1.25, 0, 0.5])
+
+
+def test_only_the_corrected_gradient_is_that_of_the_policys_own_score() -> None:
+    """d/dlogits of sum_a p_a A_a is p (A - E_p[A]), E_p[A] = .5 + .9 - .4 = 1: (0, .6, -.6). Uncorrected it is
+    q A - p sum(q A), with q A = (.4, .6, -.8) of sum .2: (.3, .54, -.84). A cap of 1.4 leaves .84 of the second arm's
+    .9, sum .94: (.5 - .47, .84 - .282, -.4 - .188)."""
+    assert bandit_gradient(2.0) == pytest.approx([0.0, 0.6, -0.6], abs=1e-9)
+    assert bandit_gradient(None) == pytest.approx([0.3, 0.54, -0.84], abs=1e-9)
+    assert bandit_gradient(1.4) == pytest.approx([0.03, 0.558, -0.588], abs=1e-9)
+
+
+def test_the_weights_do_not_move_the_ratio_that_is_clipped() -> None:
+    """A = 1, w = 2, clip range .2: the loss is -2 r up to r = 1.2 and stays -2.4 beyond."""
+    old = double(-1.3)
+    for ratio, loss, gradient in ((1.1, -2.2, -2.2), (1.5, -2.4, 0.0)):
+        new = (old + math.log(ratio)).requires_grad_()
+        weights = sampler_weights(old, old - 5.0, ONE, cap=2.0)
+        result = ppo_policy_loss(new, old, weights * double(1.0), ONE, clip_range=0.2)
+        assert result.loss.item() == pytest.approx(loss, abs=1e-9)
+        assert torch.autograd.grad(result.loss, new)[0].item() == pytest.approx(gradient, abs=1e-9)

@@ -13,9 +13,10 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from accord.config import GRPOConfig, OnlineDPOConfig, REINFORCEConfig, RLOOConfig, RolloutFields, ShapingConfig
+from accord.methods.online import prompt_indices
 from accord.methods.online_stage import LEARNERS
 from accord.methods.online_trainer import OnlineTrainer
-from accord.methods.rollouts import RolloutModels
+from accord.methods.rollouts import RolloutModels, collect
 from online_support import (
     PROMPTS,
     FirstRollout,
@@ -145,14 +146,15 @@ def test_one_reinforce_step_assembles_what_a_second_computation_says(scale: str)
 
 @pytest.mark.parametrize("averaging", ["completion", "token", "constant"])
 @pytest.mark.parametrize("scale", ["std", "none"])
-@pytest.mark.parametrize("kl_term", ["loss_k3", "loss_k2", "reward_k1"])
-def test_one_grpo_step_assembles_what_a_second_computation_says(kl_term: str, scale: str, averaging: str) -> None:
+@pytest.mark.parametrize("kl", ["k3 in loss", "k2 in loss", "k1 in reward"])
+def test_one_grpo_step_assembles_what_a_second_computation_says(kl: str, scale: str, averaging: str) -> None:
     """sum over tokens of w (-A ratio + kl_coef k) - c mean(H), w = 1 / (C length), 1 / tokens, or 1 / (C 9)."""
-    options = {"kl_term": kl_term, "advantage_scale": scale, "averaging": averaging}
+    estimator, _, place = kl.split()
+    options = {"kl_estimator": estimator, "kl_in": place, "advantage_scale": scale, "averaging": averaging}
     config = section("grpo", kl_coef=0.1, entropy_coef=0.3, **options, **ONE_UPDATE)
 
     def expected(oracle: FirstRollout) -> tuple[Any, dict[str, float]]:
-        price = 0.1 if kl_term == "reward_k1" else 0.0
+        price = 0.1 if place == "reward" else 0.0
         rewards = [s - price * kl for s, kl in zip(oracle.shaped(), oracle.kl(), strict=True)]
         advantages: list[float] = []
         for group in groups(rewards):
@@ -168,14 +170,14 @@ def test_one_grpo_step_assembles_what_a_second_computation_says(kl_term: str, sc
         for new, ref, advantage, weight in zip(oracle.logprobs, oracle.ref, advantages, weights, strict=True):
             policy_loss = policy_loss - weight * advantage * (new - new.detach()).exp().sum()
             x = new - ref
-            kl_loss = kl_loss + weight * ((-x).exp() - 1 + x if kl_term == "loss_k3" else x**2 / 2).sum()
+            kl_loss = kl_loss + weight * ((-x).exp() - 1 + x if estimator == "k3" else x**2 / 2).sum()
         values = {
             "rollout/reward/mean": mean(rewards),
             "train/advantage_std": pstdev(advantages),
             "train/policy_loss": float(policy_loss.detach()),
         }
         loss = policy_loss - 0.3 * torch.cat(oracle.entropies).mean()
-        if kl_term != "reward_k1":
+        if place == "loss":
             loss = loss + 0.1 * kl_loss
             values["train/kl_loss"] = float(kl_loss.detach())
         return loss, values
@@ -209,6 +211,53 @@ def test_one_online_dpo_step_assembles_what_a_second_computation_says(kind: str)
         }
 
     compare("online_dpo", config, expected)
+
+
+OFF = 0.1  # the sampler's log-probability of every token is off by this
+
+
+@pytest.mark.parametrize("stage", POLICY_GRADIENTS)
+@pytest.mark.parametrize("cap", [1.09, 2.4])
+def test_a_samplers_actions_weigh_what_the_trainer_would_have_drawn_them(stage: str, cap: float) -> None:
+    """Tokens (grpo) weigh exp(.1), completions exp(.1 tokens), each at most the cap; nothing has been updated."""
+    config = section(stage, sampler_correction="truncated", sampler_correction_cap=cap, kl_coef=0.0, **ONE_UPDATE)
+    made = rollout_cast()
+    made = RolloutModels(**{**_fields(made), "sampler": OffsetSampler(made.sampler, OFF)})
+    oracle_models = copy.deepcopy(made)
+    oracle = FirstRollout(oracle_models, config, stage, SEED)
+    learner = LEARNERS[stage](config)
+    drawn = [prompts()[i] for i in prompt_indices(1, config, len(PROMPTS), SEED, stage)]
+    advantages = learner.lesson(collect(made, drawn, config, (stage, SEED, 1))).advantages
+    assert advantages is not None
+
+    lengths = [len(new) for new in oracle.logprobs]
+    exact = [math.exp(OFF * (1 if stage == "grpo" else n)) for n in lengths]
+    weights = [min(w, cap) for w in exact]
+    counts = lengths if stage == "grpo" else [1] * len(lengths)
+    share = [w * n for w, n in zip(weights, counts, strict=True)]
+    [row] = run(stage, made, config, 1)
+    assert row["rollout/sampler_weight/mean"] == pytest.approx(sum(share) / sum(counts), rel=1e-5)
+    capped = sum(n for w, n in zip(exact, counts, strict=True) if w >= cap) / sum(counts)
+    assert row["rollout/sampler_weight_capped_fraction"] == pytest.approx(capped)
+    assert capped == (cap == 1.09) if stage == "grpo" else 0 < capped
+
+    ratios = [(new - new.detach()).exp().mean() for new in oracle.logprobs]
+    if stage != "grpo":
+        ratios = [(new - new.detach()).sum().exp() for new in oracle.logprobs]
+    loss = -sum(a * w * r for a, w, r in zip(advantages.tolist(), weights, ratios, strict=True)) / len(ratios)
+    loss.backward()
+    assert row["train/policy_loss"] == pytest.approx(float(loss.detach()), rel=1e-5, abs=1e-5)
+    assert row["train/grad_norm"] == pytest.approx(gradient_norm(oracle_models.policy), rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", POLICY_GRADIENTS)
+def test_a_sampler_that_agrees_with_the_trainer_is_not_corrected(stage: str) -> None:
+    plain, corrected = rollout_cast(), rollout_cast()
+    run(stage, plain, section(stage), 2)
+    rows = run(stage, corrected, section(stage, sampler_correction="truncated"), 2)
+    assert all(row["rollout/sampler_weight/mean"] == pytest.approx(1, abs=1e-5) for row in rows)
+    for name, value in weights(plain.policy).items():
+        torch.testing.assert_close(value, weights(corrected.policy)[name], rtol=0, atol=1e-5)
 
 
 # --- what must hold of all of them -----------------------------------------------------------------------------------
@@ -331,13 +380,15 @@ ROLLOUT_OPTIONS: dict[str, Any] = {
     "score_clip": 1.0, "old_logprobs": "sampler", "kl_budget": 0.001,
     "shaping": ShapingConfig(length_penalty=0.1, length_free=4),
 }  # fmt: skip
+SHARED_OPTIONS: dict[str, Any] = {
+    "kl_coef": 0.5, "clip_range": 0.001, "entropy_coef": 0.5, "sampler_correction": "truncated",
+}  # fmt: skip
 OWN_OPTIONS: dict[str, dict[str, Any]] = {
-    "rloo": {"kl_coef": 0.5, "clip_range": 0.001, "entropy_coef": 0.5},
+    "rloo": SHARED_OPTIONS,
     "grpo": {
-        "kl_coef": 0.5, "clip_range": 0.001, "entropy_coef": 0.5, "kl_term": "loss_k2", "advantage_scale": "none",
-        "averaging": "token",
+        **SHARED_OPTIONS, "kl_estimator": "k2", "kl_in": "reward", "advantage_scale": "none", "averaging": "token",
     },
-    "reinforce": {"kl_coef": 0.5, "clip_range": 0.001, "entropy_coef": 0.5, "advantage_scale": "std"},
+    "reinforce": {**SHARED_OPTIONS, "advantage_scale": "std"},
     "online_dpo": {"loss": "hinge", "beta": 0.3},
 }  # fmt: skip
 # Read by the stage, by the training loop, or with no say in the result.
@@ -360,13 +411,15 @@ def usual() -> dict[str, list[dict[str, float]]]:
 
 @every_method
 def test_every_option_of_the_section_is_in_a_table(stage: str) -> None:
-    assert SECTIONS[stage].model_fields.keys() == ROLLOUT_OPTIONS.keys() | OWN_OPTIONS[stage].keys() | ELSEWHERE
+    assert SECTIONS[stage].model_fields.keys() == ROLLOUT_OPTIONS.keys() | OWN_OPTIONS[stage].keys() | (
+        ELSEWHERE | ({"sampler_correction_cap"} if stage in POLICY_GRADIENTS else set())
+    )
 
 
 @pytest.mark.parametrize(
     ("stage", "option", "value"),
     [(stage, *item) for stage in SECTIONS for item in (ROLLOUT_OPTIONS | OWN_OPTIONS[stage]).items()]
-    + [("grpo", "kl_term", "reward_k1"), ("grpo", "averaging", "constant"), ("online_dpo", "loss", "ipo")],
+    + [("grpo", "averaging", "constant"), ("online_dpo", "loss", "ipo")],
 )
 def test_every_option_changes_the_outcome(
     stage: str, option: str, value: Any, usual: dict[str, list[dict[str, float]]]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from accord.models.load import reward_model_from
 from accord.training.loop import run_training
 from accord.training.runfolder import RunFolder
 from models_support import tiny_model
-from online_support import equal, measured, prompts, rollout_cast, weights
+from online_support import OffsetSampler, equal, measured, prompts, rollout_cast, weights
 
 
 def section(**changes: Any) -> PPOConfig:
@@ -34,8 +36,9 @@ def section(**changes: Any) -> PPOConfig:
 class Made:
     """A trainer, with the models it trains."""
 
-    def __init__(self, config: PPOConfig, **options: Any) -> None:
-        self.models = rollout_cast(**options)
+    def __init__(self, config: PPOConfig, off: float = 0.0) -> None:
+        cast = rollout_cast()
+        self.models = replace(cast, sampler=OffsetSampler(cast.sampler, off))
         self.value = reward_model_from(tiny_model("gpt2", dtype=torch.float64, seed=3), 4)
         self.trainer = PPOTrainer(self.models, self.value, prompts(), config, 0)
 
@@ -152,6 +155,29 @@ def test_values_move_freely_without_a_clip_range() -> None:
     assert equal(free.weights()[1], wide.weights()[1]) and not equal(free.weights()[1], clipped.weights()[1])
 
 
+# --- a sampler that is not the trainer --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kl_in", ["reward", "loss"])
+def test_tokens_of_a_sampler_weigh_what_the_trainer_would_have_drawn_them(kl_in: str) -> None:
+    """Every token is weighed exp(.3) = 1.35, or the cap: so are the policy's loss and gradient, and the KL in it."""
+    estimator = "k1" if kl_in == "reward" else "k2"
+    one = {"minibatches": 1, "update_epochs": 1, "max_grad_norm": 1e9, "kl_estimator": estimator, "kl_in": kl_in}
+    corrected = {**one, "sampler_correction": "truncated"}
+    rows = []
+    for changes in (one, corrected, {**corrected, "sampler_correction_cap": 1.2}):
+        made = Made(section(**changes), off=0.3)
+        rows += made.steps(1)
+    for row, weight in zip(rows[1:], (math.exp(0.3), 1.2), strict=True):
+        assert row["rollout/sampler_weight/mean"] == pytest.approx(weight, rel=1e-5)
+        for name in ("train/policy_loss", "train/grad_norm", "train/kl_loss"):
+            if name in row:
+                assert row[name] == pytest.approx(weight * rows[0][name], rel=1e-4, abs=1e-6), name
+        assert row["train/value_grad_norm"] == rows[0]["train/value_grad_norm"]
+    assert [row.get("rollout/sampler_weight_capped_fraction") for row in rows] == [None, 0.0, 1.0]
+    assert all(row["rollout/sampler_deviation"] == pytest.approx(-math.expm1(-0.3), rel=1e-4) for row in rows)
+
+
 # --- what cannot be meant --------------------------------------------------------------------------------------------
 
 
@@ -163,6 +189,14 @@ def test_values_move_freely_without_a_clip_range() -> None:
             ["`ppo.target_kl` = 6", "`ppo.kl_budget` = 6", "well above"],
         ),
         ({"episodes": 256, "value_warmup": 2}, ["`ppo.value_warmup` = 2", "2 rollouts", "`ppo.episodes`"]),
+        (
+            {"sampler_correction": "truncated", "old_logprobs": "sampler"},
+            ["`ppo.sampler_correction` = truncated", "set `ppo.old_logprobs` = recompute"],
+        ),
+        ({"sampler_correction_cap": 3}, ["`ppo.sampler_correction_cap` is read only by"]),
+        ({"kl_in": "loss"}, ["`ppo.kl_estimator` = k1 with `ppo.kl_in` = loss", "zero in expectation", "Take k2"]),
+        ({"kl_estimator": "k2"}, ["`ppo.kl_estimator` = k2 with `ppo.kl_in` = reward", "biased"]),
+        ({"kl_estimator": "k3"}, ["`ppo.kl_estimator` = k3 with `ppo.kl_in` = reward", "not its gradient"]),
     ],
 )
 def test_a_contradiction_is_refused_with_the_reason(changes: dict[str, Any], parts: list[str]) -> None:
@@ -172,9 +206,19 @@ def test_a_contradiction_is_refused_with_the_reason(changes: dict[str, Any], par
         assert part in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"kl_in": "reward"}, {"kl_estimator": "k1"}, {"kl_estimator": "k2", "kl_in": "reward"}]
+)
+def test_grpo_refuses_the_same_mixtures(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"`grpo\.kl_estimator` = k\d with `grpo\.kl_in`"):
+        recipe_from({"grpo": changes})
+
+
 def test_what_comes_close_is_no_contradiction() -> None:
     for changes in (
         {"kl_controller": "adaptive", "target_kl": 6, "kl_budget": 12},
         {"episodes": 257, "value_warmup": 2},
+        {"kl_estimator": "k2", "kl_in": "loss"},
+        {"kl_estimator": "k3", "kl_in": "loss"},
     ):
         recipe_from({"ppo": changes})

@@ -112,7 +112,8 @@ class Oracle(FirstRollout):
     def rewards(self) -> list[list[float]]:
         result = []
         for old, ref, score in zip(self.logprobs, self.ref, self.shaped(), strict=True):
-            row = [-self.config.kl_coef * float(p - r) for p, r in zip(old.detach(), ref, strict=True)]
+            price = self.config.kl_coef if self.config.kl_in == "reward" else 0.0
+            row = [-price * float(p - r) for p, r in zip(old.detach(), ref, strict=True)]
             row[-1] += score
             result.append(row)
         return result
@@ -128,12 +129,15 @@ class Oracle(FirstRollout):
         return result
 
 
-def test_one_step_assembles_what_a_second_computation_says() -> None:
+@pytest.mark.parametrize("kl_term", ["k1 in reward", "k2 in loss", "k3 in loss"])
+def test_one_step_assembles_what_a_second_computation_says(kl_term: str) -> None:
     """One update on the whole rollout, where the ratio is 1 and nothing is clipped: the policy loss is
-    -mean(white A r) - c mean(H), the value loss mean(0.5 (V - (A + V_old))^2), each over all tokens of the rollout."""
+    -mean(white A r) - c mean(H) [+ kl_coef mean(x^2/2) or mean(exp(-x) - 1 + x), x = log(policy / reference)], the
+    value loss mean(0.5 (V - (A + V_old))^2), each over all tokens of the rollout."""
+    estimator, _, place = kl_term.split()
     config = section(
         minibatches=1, update_epochs=1, gamma=0.95, gae_lambda=0.8, score_clip=2.0, missing_eos_penalty=0.7,
-        temperature=1.5, entropy_coef=0.3, max_grad_norm=1e9,
+        temperature=1.5, entropy_coef=0.3, max_grad_norm=1e9, kl_estimator=estimator, kl_in=place,
     )  # fmt: skip
     made = models()
     oracle = Oracle(copy.deepcopy(made), config)
@@ -152,7 +156,9 @@ def test_one_step_assembles_what_a_second_computation_says() -> None:
     policy_loss = -(white * (new - new.detach()).exp()).mean()
     entropy = torch.cat(oracle.entropies).mean()
     value_loss = (0.5 * (torch.cat(oracle.values) - torch.tensor(returns, dtype=torch.float64)) ** 2).mean()
-    (policy_loss - 0.3 * entropy).backward()
+    x = new - torch.cat(oracle.ref)
+    kl_loss = (x**2 / 2 if estimator == "k2" else (-x).exp() - 1 + x).mean()
+    (policy_loss - 0.3 * entropy + (0.1 * kl_loss if place == "loss" else 0.0)).backward()
     value_loss.backward()
 
     expected = {
@@ -171,7 +177,7 @@ def test_one_step_assembles_what_a_second_computation_says() -> None:
         "train/value_loss": float(value_loss.detach()),
         "train/grad_norm": gradient_norm(oracle.made.policy),
         "train/value_grad_norm": gradient_norm(oracle.made.value),
-    }
+    } | ({"train/kl_loss": float(kl_loss.detach())} if place == "loss" else {})
     for name, value in expected.items():
         assert row[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 

@@ -23,6 +23,7 @@ from accord.config.online import (
     RLOOConfig,
     RolloutFields,
     SamplingFields,
+    TokenKLFields,
 )
 from accord.config.recipe import EvaluateConfig, Recipe
 from accord.config.rewards import EndpointConfig, JudgeConfig, ScorerConfig, ShapingConfig, run_identity
@@ -71,6 +72,7 @@ __all__ = [
     "Section",
     "ShapingConfig",
     "Source",
+    "TokenKLFields",
     "load_recipe",
     "recipe_from",
     "run_identity",

@@ -6,7 +6,14 @@ import math
 from typing import get_args
 
 from accord.config.offline import MARGIN_FREE, DPOConfig, KTOConfig, PairLoss, RewardConfig
-from accord.config.online import PPOConfig, REINFORCEConfig, RolloutFields, SamplingFields
+from accord.config.online import (
+    PolicyGradientFields,
+    PPOConfig,
+    REINFORCEConfig,
+    RolloutFields,
+    SamplingFields,
+    TokenKLFields,
+)
 from accord.config.recipe import Recipe
 from accord.config.sections import Section
 
@@ -43,6 +50,10 @@ def contradictions(recipe: Recipe) -> list[str]:
             problems.extend(_sampling(stage, section))
         if isinstance(section, RolloutFields):
             problems.extend(_rollout(stage, section))
+        if isinstance(section, PolicyGradientFields):
+            problems.extend(_sampler_correction(stage, section))
+        if isinstance(section, TokenKLFields):
+            problems.extend(_kl(stage, section))
     return problems + _methods(recipe)
 
 
@@ -117,6 +128,38 @@ def _reward(reward: RewardConfig) -> list[str]:
             "learns those of every token: set one of them to its default"
         ]
     return []
+
+
+def _sampler_correction(stage: str, section: PolicyGradientFields) -> list[str]:
+    corrects = section.sampler_correction == "truncated"
+    if corrects and section.old_logprobs == "sampler":
+        return [
+            f"`{stage}.sampler_correction` = truncated compares the trainer's log-probabilities with the sampler's, "
+            f"and `{stage}.old_logprobs` = sampler takes the sampler's for both: set `{stage}.old_logprobs` = recompute"
+        ]
+    if not corrects and _changed(section, "sampler_correction_cap"):
+        return [
+            f"`{stage}.sampler_correction_cap` is read only by `{stage}.sampler_correction` = truncated, and it is none"
+        ]
+    return []
+
+
+# Why an estimator may not stand where it was put, and where it belongs.
+_UNSOUND_KL = {
+    ("k1", "loss"): "k1's gradient is zero in expectation, so nothing would hold the policy. Take k2, whose gradient "
+    "is that of KL(policy || reference), or k1 in the reward",
+    ("k2", "reward"): "k2 is a biased estimate, and a reward is taken at its word: what is priced would be no KL. Take "
+    "k1 in the reward, or k2 in the loss",
+    ("k3", "reward"): "k3 has the KL's value but not its gradient, and would push the policy where no KL does. Take k1 "
+    "in the reward, or k3 in the loss",
+}
+
+
+def _kl(stage: str, section: TokenKLFields) -> list[str]:
+    reason = _UNSOUND_KL.get((section.kl_estimator, section.kl_in))
+    if reason is None:
+        return []
+    return [f"`{stage}.kl_estimator` = {section.kl_estimator} with `{stage}.kl_in` = {section.kl_in}: {reason}"]
 
 
 def _dpo(dpo: DPOConfig) -> list[str]:

@@ -20,6 +20,7 @@ __all__ = [
     "RLOOConfig",
     "RolloutFields",
     "SamplingFields",
+    "TokenKLFields",
 ]
 
 
@@ -86,13 +87,35 @@ class PolicyGradientFields(RolloutFields):
     """What the policy-gradient methods have besides: clipped ratios, and a price on the distance from the reference."""
 
     kl_coef: float = Field(
-        0.05, ge=0, description="Weight of log(policy/reference) per token, subtracted from the reward."
+        0.05, ge=0, description="Weight of the KL to the reference: of log(policy/reference), paid in the reward."
     )
     clip_range: float = Field(0.2, gt=0, lt=1, description="The policy ratio is clipped to 1 +- this.")
     entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus (nats per token).")
+    sampler_correction: Literal["none", "truncated"] = Field(
+        "none",
+        description="`truncated` weighs the policy loss by min(p / p_sampler, cap), p the trainer's own probability: "
+        "for a sampler whose probabilities are not the trainer's (quantised, stale, another engine).",
+    )
+    sampler_correction_cap: float = Field(2.0, ge=1, description="The cap of that weight: more is truer and noisier.")
 
 
-class PPOConfig(PolicyGradientFields):
+class TokenKLFields(PolicyGradientFields):
+    """What the methods have whose actions are tokens: how the distance from the reference is estimated, and where it is
+    paid. Combinations whose gradient is not that of a KL are refused."""
+
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        "k1",
+        description="Of a token's KL, x = log(policy/reference): `k1` x, for the reward; `k2` x^2/2, for the loss; "
+        "`k3` exp(-x) - 1 + x, for the loss, where its gradient is that of KL(reference || policy).",
+    )
+    kl_in: Literal["reward", "loss"] = Field(
+        "reward",
+        description="Where kl_coef times the KL is paid: `reward` sees what a token does to the KL of later ones, "
+        "`loss` pulls each token by itself.",
+    )
+
+
+class PPOConfig(TokenKLFields):
     """Proximal policy optimisation against a reward model or a reward function."""
 
     update_epochs: int = Field(4, ge=1, description="Passes over each rollout, each with a fresh shuffle.")
@@ -132,16 +155,19 @@ class RLOOConfig(PolicyGradientFields):
     samples_per_prompt: int = Field(4, ge=2, description="Completions sampled for each prompt; at least 2.")
 
 
-class GRPOConfig(PolicyGradientFields):
+class GRPOConfig(TokenKLFields):
     """Group-relative policy optimisation: an answer is judged against the mean of the prompt's answers."""
 
     samples_per_prompt: int = Field(8, ge=2, description="Completions sampled for each prompt; at least 2.")
-    kl_coef: float = Field(0.04, ge=0, description="Weight of the distance from the reference; see `kl_term`.")
-    kl_term: Literal["loss_k3", "loss_k2", "reward_k1"] = Field(
-        "loss_k3",
-        description="Where the distance is paid: `loss_k3` as published (its gradient is that of KL(reference || "
-        "policy)), `loss_k2` in the loss with the gradient of KL(policy || reference), `reward_k1` in the reward, as "
-        "PPO.",
+    kl_coef: float = Field(0.04, ge=0, description="Weight of the distance from the reference; see `kl_in`.")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        "k3",
+        description="Of a token's KL, x = log(policy/reference): `k3` exp(-x) - 1 + x in the loss, as published (its "
+        "gradient is that of KL(reference || policy)); `k2` x^2/2 in the loss, with the gradient of KL(policy || "
+        "reference); `k1` x in the reward, as PPO.",
+    )
+    kl_in: Literal["reward", "loss"] = Field(
+        "loss", description="Where kl_coef times the KL is paid: `reward` goes with `k1`, `loss` with `k2` and `k3`."
     )
     advantage_scale: Literal["std", "none"] = Field(
         "std",

@@ -23,7 +23,15 @@ from accord.losses.kto import UnpairedLoss, bco_loss, class_weights, kto_loss, k
 from accord.losses.length import LengthPenalty, alignment_penalty, length_penalty
 from accord.losses.masked import masked_mean, masked_sum, mean_logprobs, sequence_logprobs, whiten
 from accord.losses.orpo import OddsRatioLoss, orpo_loss
-from accord.losses.ppo import EntropyLoss, PolicyLoss, ValueLoss, entropy_loss, ppo_policy_loss, ppo_value_loss
+from accord.losses.ppo import (
+    EntropyLoss,
+    PolicyLoss,
+    ValueLoss,
+    entropy_loss,
+    ppo_policy_loss,
+    ppo_value_loss,
+    sampler_weights,
+)
 from accord.losses.preference import (
     PreferenceLoss,
     apo_down_loss,
@@ -107,6 +115,7 @@ __all__ = [
     "rdpo_loss",
     "rloo_advantages",
     "robust_dpo_loss",
+    "sampler_weights",
     "scaled_batch_advantages",
     "scaled_group_advantages",
     "sequence_logprobs",

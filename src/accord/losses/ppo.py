@@ -14,7 +14,15 @@ from torch import Tensor
 from accord.losses.kl import kl_k2, kl_k3
 from accord.losses.masked import Count, counted, masked_mean, masked_sum
 
-__all__ = ["EntropyLoss", "PolicyLoss", "ValueLoss", "entropy_loss", "ppo_policy_loss", "ppo_value_loss"]
+__all__ = [
+    "EntropyLoss",
+    "PolicyLoss",
+    "ValueLoss",
+    "entropy_loss",
+    "ppo_policy_loss",
+    "ppo_value_loss",
+    "sampler_weights",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +106,36 @@ def ppo_policy_loss(
         approx_kl_k2_sum=masked_sum(kl_k2(old, new), loss_mask),
         token_count=loss_mask.sum(),
     )
+
+
+@torch.no_grad()
+def sampler_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, loss_mask: Tensor, *, cap: float) -> Tensor:
+    """What an action weighs in the policy loss when something else than the trainer's policy drew it.
+
+        w = min(exp(old_logprobs - sampler_logprobs), cap)
+
+    The sampler draws from q, the trainer's policy before its update is p: E_q[p/q f] = E_p[f], so a loss times p/q has
+    the gradient it would have on samples of p. The cap bounds the variance; an action it binds on counts too little.
+    For tokens it corrects which token is drawn, not how often the tokens before it are: exact for one token, and for
+    whole completions if their log-probabilities are given, as one action each.
+
+    The clipped policy loss is proportional to the advantages as long as the factor is not negative, so the advantages
+    can carry the weights; they do not move the ratio that is clipped.
+
+    Shapes: C completions, T actions.
+        old_logprobs      (C, T) float, nats   of the trainer's policy before the update
+        sampler_logprobs  (C, T) float, nats   of the distribution that was sampled from
+        loss_mask         (C, T) bool          True = counts; elsewhere the weight is 0
+    Args:
+        cap: at least 1; infinity means plain importance weights.
+    Returns: (C, T) float, detached, in [0, cap].
+    Raises: ValueError on shapes that differ.
+    Source: Ionides 2008, "Truncated importance sampling", doi:10.1198/106186008X320456; Yao et al. 2025, "Your
+        efficient RL framework secretly brings you off-policy RL training", https://fengyao.notion.site/off-policy-rl.
+    Tested by: tests/golden/test_golden_ppo.py
+    """
+    old, sampler = counted(old_logprobs, loss_mask), counted(sampler_logprobs, loss_mask)
+    return counted((old - sampler).exp().clamp_max(cap), loss_mask)
 
 
 def ppo_value_loss(

@@ -27,10 +27,10 @@ from accord.losses.group import (
     scaled_group_advantages,
     token_mean_weights,
 )
-from accord.losses.kl import kl_k1, kl_k2_loss, kl_k3_loss
+from accord.losses.kl import kl_k1
 from accord.losses.masked import sequence_logprobs
 from accord.losses.ppo import PolicyLoss, entropy_loss, ppo_policy_loss
-from accord.methods.online import Choice, Part, learned
+from accord.methods.online import Choice, Part, kl_loss, learned, sampler_correction
 from accord.methods.online_trainer import Learner, Lesson, Size, Sums
 from accord.methods.preference import Pair, PairObjective, RankedAnswers, StepCounts, dpo_objective
 from accord.methods.rollouts import Rollout
@@ -40,7 +40,8 @@ from accord.records import TokenGroup
 __all__ = ["grpo", "online_dpo", "reinforce", "rloo"]
 
 Advantages = Callable[[Tensor, Tensor], Tensor]
-ActionLoss = Callable[[TokenScores, Part, Tensor, Size], tuple[Tensor, Sums]]
+ActionLoss = Callable[[TokenScores, Part, Tensor, Tensor, Size], tuple[Tensor, Sums]]
+"""Of a forward pass's scores, its part of the rollout, advantages (C,), weights of its actions, and the size."""
 
 
 def rloo(section: RLOOConfig) -> Learner:
@@ -58,9 +59,9 @@ def reinforce(section: REINFORCEConfig) -> Learner:
 
 def grpo(section: GRPOConfig) -> Learner:
     """Group-relative policy optimisation. Source: Shao et al. 2024, arXiv:2402.03300."""
-    rewards = _priced_rewards if section.kl_term == "reward_k1" else _rewards
+    rewards = _priced_rewards if section.kl_in == "reward" else _rewards
     advantages = scaled_group_advantages if section.advantage_scale == "std" else group_advantages
-    return _PolicyGradient(section, rewards, advantages, _token_actions(section))
+    return _PolicyGradient(section, rewards, advantages, _token_actions(section), whole_completions=False)
 
 
 def online_dpo(section: OnlineDPOConfig) -> Learner:
@@ -77,21 +78,25 @@ class _PolicyGradient:
     rewards: Callable[[Rollout, PolicyGradientFields], Tensor]
     advantages: Advantages
     action_loss: ActionLoss
+    whole_completions: bool = True  # an action is a completion, not a token
 
     def lesson(self, rollout: Rollout) -> Lesson:
         rewards = self.rewards(rollout, self.section)
         advantages = self.advantages(rewards, rollout.group_index)
+        weights, logged = sampler_correction(rollout, self.section, whole_completions=self.whole_completions)
         metrics = {
+            **logged,
             "train/advantage_mean": float(advantages.mean()),
             "train/advantage_std": float(advantages.std(unbiased=False)),
             "train/kl_coef": self.section.kl_coef,
             **_ties(rollout),
         }
-        return Lesson(learned(rollout), rewards, metrics, advantages)
+        return Lesson(learned(rollout), rewards, metrics, advantages, weights)
 
     def loss(self, scores: TokenScores, part: Part, lesson: Lesson, size: Size) -> tuple[Tensor, Sums]:
-        assert lesson.advantages is not None and scores.entropies is not None
-        loss, sums = self.action_loss(scores, part, lesson.advantages[part.rows], size)
+        assert lesson.advantages is not None and lesson.weights is not None and scores.entropies is not None
+        weights = lesson.weights[part.rows, : part.mask.shape[1]]
+        loss, sums = self.action_loss(scores, part, lesson.advantages[part.rows], weights, size)
         entropy = entropy_loss(scores.entropies, part.mask, num_tokens=size.tokens)
         return loss + self.section.entropy_coef * entropy.loss, sums
 
@@ -156,9 +161,9 @@ def _priced_rewards(rollout: Rollout, section: PolicyGradientFields) -> Tensor:
 
 
 def _completion_actions(section: PolicyGradientFields) -> ActionLoss:
-    def loss(scores: TokenScores, part: Part, advantages: Tensor, size: Size) -> tuple[Tensor, Sums]:
+    def loss(scores: TokenScores, part: Part, advantages: Tensor, weights: Tensor, size: Size) -> tuple[Tensor, Sums]:
         policy = completion_policy_loss(
-            scores.logprobs, part.old_logprobs, advantages, part.mask,
+            scores.logprobs, part.old_logprobs, advantages * weights[:, 0], part.mask,
             clip_range=section.clip_range, num_completions=size.completions,
         )  # fmt: skip
         return policy.loss, _policy_sums(policy)
@@ -167,19 +172,18 @@ def _completion_actions(section: PolicyGradientFields) -> ActionLoss:
 
 
 def _token_actions(section: GRPOConfig) -> ActionLoss:
-    def loss(scores: TokenScores, part: Part, advantages: Tensor, size: Size) -> tuple[Tensor, Sums]:
-        weights = _token_weights(section, part, size)
+    def loss(scores: TokenScores, part: Part, advantages: Tensor, weights: Tensor, size: Size) -> tuple[Tensor, Sums]:
+        weights = weights * _token_weights(section, part, size)
         # The clipped loss is proportional to the advantages, so they can carry the weights.
         policy = ppo_policy_loss(
             scores.logprobs, part.old_logprobs, advantages[:, None] * weights, part.mask,
             clip_range=section.clip_range, num_tokens=1,
         )  # fmt: skip
         sums = _policy_sums(policy)
-        if section.kl_term == "reward_k1":
+        kl = kl_loss(section, scores.logprobs, part, weights)
+        if kl is None:
             return policy.loss, sums
-        kl_loss = kl_k2_loss if section.kl_term == "loss_k2" else kl_k3_loss
-        kl = kl_loss(scores.logprobs, part.ref_logprobs, weights, part.mask)
-        return policy.loss + section.kl_coef * kl.loss, {**sums, "kl_loss": kl.loss.detach()}
+        return policy.loss + section.kl_coef * kl, {**sums, "kl_loss": kl.detach()}
 
     return loss
 

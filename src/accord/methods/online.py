@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accord.config import RolloutFields
+from accord.config import PolicyGradientFields, RolloutFields, TokenKLFields
 from accord.data.order import batch_indices
 from accord.losses.advantages import token_rewards
-from accord.losses.masked import masked_mean
+from accord.losses.kl import kl_k2_loss, kl_k3_loss
+from accord.losses.masked import masked_mean, sequence_logprobs
+from accord.losses.ppo import sampler_weights
 from accord.measures.text import distinct_n, repetition
 from accord.methods.judging import Failure, score_metrics, token_rewards_of
 from accord.methods.offline import group_passes
@@ -32,6 +34,7 @@ __all__ = [
     "failures_as_samples",
     "final_rewards",
     "kl_ending",
+    "kl_loss",
     "learned",
     "learned_tokens",
     "minibatches",
@@ -39,6 +42,7 @@ __all__ = [
     "prompt_indices",
     "ratio_deviation",
     "rollout_metrics",
+    "sampler_correction",
     "samples_of",
     "step_outcome",
 ]
@@ -70,6 +74,37 @@ def kl_ending(metrics: Mapping[str, float], section: RolloutFields) -> str | Non
     if section.kl_budget is None or kl <= section.kl_budget:
         return None
     return f"KL {kl:.4g} nats per answer exceeded the budget of {section.kl_budget:g}"
+
+
+# --- terms that several losses share ---------------------------------------------------------------------------------
+
+
+def kl_loss(section: TokenKLFields, logprobs: Tensor, part: Part, weights: Tensor) -> Tensor | None:
+    """() the KL of a forward pass's tokens, each with its weight (C, T), to differentiate and not yet times kl_coef;
+    None where it is paid in the reward."""
+    if section.kl_in == "reward":
+        return None
+    loss = kl_k2_loss if section.kl_estimator == "k2" else kl_k3_loss
+    return loss(logprobs, part.ref_logprobs, weights, part.mask).loss
+
+
+def sampler_correction(
+    rollout: Rollout, section: PolicyGradientFields, *, whole_completions: bool = False
+) -> tuple[Tensor, dict[str, float]]:
+    """(C, T) what each token weighs, or (C, 1) each completion as one action, because the sampler drew it and not the
+    trainer's policy; and what is logged of it. All 1 without the correction."""
+    old, sampler, mask = rollout.old_logprobs, rollout.sampler_logprobs, rollout.mask
+    if whole_completions:
+        old, sampler = sequence_logprobs(old, mask)[:, None], sequence_logprobs(sampler, mask)[:, None]
+        mask = torch.ones_like(mask[:, :1])
+    if section.sampler_correction == "none":
+        return torch.ones_like(old), {}
+    cap = section.sampler_correction_cap
+    weights = sampler_weights(old, sampler, mask, cap=cap)
+    return weights, {
+        "rollout/sampler_weight/mean": float(masked_mean(weights, mask)),
+        "rollout/sampler_weight_capped_fraction": float(masked_mean((weights >= cap).float(), mask)),
+    }
 
 
 # --- from a rollout to forward passes --------------------------------------------------------------------------------

@@ -47,12 +47,14 @@ class Lesson:
     rewards     (C,) what the method maximises
     metrics     of the signal, before any update
     advantages  (C,) how much better than expected; None for a method that has none
+    weights     (C, T) what a token weighs in its loss, or (C, 1) a completion; None for a method that has none
     """
 
     choice: Choice
     rewards: Tensor
     metrics: dict[str, float]
     advantages: Tensor | None = None
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

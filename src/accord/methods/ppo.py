@@ -32,6 +32,7 @@ from accord.methods.online import (
     parts,
     prompt_indices,
     rollout_metrics,
+    sampler_correction,
     step_outcome,
 )
 from accord.methods.ppo_update import Actor, Critic, Signal
@@ -64,7 +65,8 @@ class PPOTrainer:
         prompts = [self._prompts[i] for i in prompt_indices(step, section, len(self._prompts), self._seed, "ppo")]
         rollout = collect(self._models, prompts, section, ("ppo", self._seed, step))
         kl = kl_k1(rollout.old_logprobs, rollout.ref_logprobs)
-        rewards = final_rewards(rollout, self._kl_coef * kl)
+        price = self._kl_coef if section.kl_in == "reward" else 0.0
+        rewards = final_rewards(rollout, price * kl)
         metrics = rollout_metrics(rollout, kl, rewards.sum(1)) | {"train/kl_coef": self._kl_coef}
         ending = kl_ending(metrics, section)
         score_seconds, update_seconds = rollout.score_seconds, 0.0
@@ -77,7 +79,9 @@ class PPOTrainer:
             result = gae(rewards, values, mask, gamma=section.gamma, gae_lambda=section.gae_lambda)
             metrics |= _signal_metrics(mask, values, result)
             advantages = whiten(result.advantages, mask) if section.whiten_advantages else result.advantages
-            metrics |= self._update(step, rollout, Signal(values, advantages, result.returns))
+            weights, logged = sampler_correction(rollout, section)
+            signal = Signal(values, advantages, result.returns, weights, self._kl_coef)
+            metrics |= logged | self._update(step, rollout, signal)
             update_seconds = time.monotonic() - started
             self._steer_kl(step, metrics["rollout/kl_per_sequence_nats"])
         return step_outcome(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from accord.config import PPOConfig
 from accord.losses.ppo import entropy_loss, ppo_policy_loss, ppo_value_loss
-from accord.methods.online import Part, add_sums, ratio_deviation
+from accord.methods.online import Part, add_sums, kl_loss, ratio_deviation
 from accord.methods.rollouts import Rollout, RolloutModels, per_token
 from accord.models.adapters import load_trainable_state, trainable_state
 from accord.models.token_scores import score_tokens, score_values
@@ -31,11 +31,15 @@ class Signal:
     values      the value model's V before each token
     advantages  as the policy takes them: whitened, where that is asked for
     returns     what the value model is to predict
+    weights     what a token weighs in the policy's loss and its KL: not 1 where another distribution was sampled from
+    kl_coef     price of a nat of KL, wherever it is paid
     """
 
     values: Tensor
     advantages: Tensor
     returns: Tensor
+    weights: Tensor
+    kl_coef: float
 
 
 class _Learning:
@@ -86,15 +90,21 @@ class Actor(_Learning):
         """Gradient of one forward pass's share of a minibatch of `count` tokens; sums over its tokens, and how far the
         ratio of one was from 1."""
         section, mask, width = self.section, part.mask, part.mask.shape[1]
+        weights = signal.weights[part.rows, :width]
         scores = score_tokens(self.model, part.batch, temperature=section.temperature, with_entropy=True, mask="loss")
         policy = ppo_policy_loss(
-            scores.logprobs, part.old_logprobs, signal.advantages[part.rows, :width], mask,
+            scores.logprobs, part.old_logprobs, weights * signal.advantages[part.rows, :width], mask,
             clip_range=section.clip_range, num_tokens=count,
         )  # fmt: skip
         assert scores.entropies is not None
         entropy = entropy_loss(scores.entropies, mask, num_tokens=count)
-        (policy.loss + section.entropy_coef * entropy.loss).backward()
+        loss = policy.loss + section.entropy_coef * entropy.loss
+        kl = kl_loss(section, scores.logprobs, part, weights / count)
         sums: dict[str, float] = {}
+        if kl is not None:
+            loss = loss + signal.kl_coef * kl
+            add_sums(sums, {"kl_loss": kl.detach()})
+        loss.backward()
         add_sums(sums, {
             "policy_loss": policy.loss.detach(), "entropy": entropy.entropy_sum, "clipped": policy.clipped_count,
             "approx_kl": policy.approx_kl_sum, "ratio": policy.ratio_sum, "tokens": policy.token_count,
@@ -103,7 +113,8 @@ class Actor(_Learning):
 
     def metrics(self, totals: Totals, step: int) -> dict[str, float]:
         tokens = max(1.0, totals["tokens"])
-        return {
+        kl = {"train/kl_loss": totals["kl_loss"] / totals["minibatches"]} if "kl_loss" in totals else {}
+        return kl | {
             "train/policy_loss": totals["policy_loss"] / totals["minibatches"],
             "train/entropy_nats": totals["entropy"] / tokens,
             "train/clip_fraction": totals["clipped"] / tokens,

@@ -41,7 +41,7 @@ class Rollout:
     gold          (C,) what the hidden truth says, None without one
     mask          (C, T) bool, True = a token the policy wrote; what others wrote in between is False
     old_logprobs, ref_logprobs  (C, T) nats, 0 where the mask is False
-    sampler_deviation  largest |p_sampler / p_old - 1| of a token: 0 when the old ones are the sampler's
+    sampler_logprobs  (C, T) nats, of the distribution that was sampled from, as the sampler gives them
     """
 
     groups: tuple[TokenGroup, ...]
@@ -52,7 +52,7 @@ class Rollout:
     gold: Tensor | None
     mask: Tensor
     old_logprobs: Tensor
-    sampler_deviation: float
+    sampler_logprobs: Tensor
     ref_logprobs: Tensor
     generate_seconds: float
     score_seconds: float
@@ -66,6 +66,11 @@ class Rollout:
     def finished(self) -> Tensor:
         """(C,) bool, ended by a stop token."""
         return torch.tensor([request.finished for request in self.requests])
+
+    @property
+    def sampler_deviation(self) -> float:
+        """Largest |p_sampler / p_old - 1| of a token: 0 when the old ones are the sampler's."""
+        return float(((self.sampler_logprobs - self.old_logprobs).exp() - 1)[self.mask].abs().max())
 
     @property
     def group_index(self) -> Tensor:
@@ -126,7 +131,7 @@ def collect(
         gold=None if models.gold is None else torch.tensor(values_of(models.gold, requests)),
         mask=mask,
         old_logprobs=old,
-        sampler_deviation=float(((sampled_logprobs - old).exp() - 1).abs().max()),
+        sampler_logprobs=sampled_logprobs,
         ref_logprobs=ref_logprobs,
         generate_seconds=generated - started,
         score_seconds=time.monotonic() - generated,
