@@ -16,10 +16,7 @@ import argparse
 import json
 import os
 import platform
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -29,6 +26,7 @@ from typing import Any
 from accord.atomic import write_json
 from accord.report.svg import Series
 from benchmarks.figure import Panel, write_figure
+from benchmarks.jobs import run_jobs
 
 KL_COEF = {"quickstart": 0.1, "randomwalks": 0.1}
 EPISODES = {"quickstart": 4096, "randomwalks": 9600}
@@ -93,10 +91,11 @@ def main() -> None:
 def _all(args: argparse.Namespace) -> None:
     seeds = args.seeds[:1] if args.quick else args.seeds
     jobs = [(task, variant, seed) for seed in seeds for task in args.tasks for variant in args.variants]
-    with ThreadPoolExecutor(args.processes) as pool:
-        list(pool.map(lambda job: _spawn(args, "--prepare", job[0], str(job[1])),
-                      [(task, seed) for seed in seeds for task in args.tasks]))  # fmt: skip
-        list(pool.map(lambda job: _spawn(args, "--one", job[0], job[1], str(job[2])), jobs))
+    shared = ["--out", str(args.out), *(["--quick"] if args.quick else [])]
+    shared += ["--rate", str(args.rate)] if args.rate else []
+    prepared = [[*shared, "--prepare", task, str(seed)] for seed in seeds for task in args.tasks]
+    run_jobs("benchmarks.learning", prepared, args.processes)
+    run_jobs("benchmarks.learning", [[*shared, "--one", *map(str, job)] for job in jobs], args.processes)
     curves = {job: _curve(_folder(args.out, *job, args.rate) / VARIANTS[job[1]].method, job[0]) for job in jobs}
     rows = [_row(task, variant, [curves[task, variant, seed] for seed in seeds], _target(curves, task))
             for task in args.tasks for variant in args.variants]  # fmt: skip
@@ -104,15 +103,6 @@ def _all(args: argparse.Namespace) -> None:
     write_json(args.out / "learning.json", {"machine": machine, "seeds": seeds, "rows": rows})
     write_figure(args.out / "learning.svg", [panel for task in args.tasks for panel in _panels(task, rows)])
     print("\n".join(map(json.dumps, rows)) if args.json else _table(rows))
-
-
-def _spawn(args: argparse.Namespace, *command: str) -> None:
-    options = [*(["--quick"] if args.quick else []), *(["--rate", str(args.rate)] if args.rate else [])]
-    line = [sys.executable, "-m", "benchmarks.learning", "--out", str(args.out), *options, *command]
-    done = subprocess.run(line, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    print(f"{' '.join(command)}: {'done' if done.returncode == 0 else 'failed'}", file=sys.stderr, flush=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------

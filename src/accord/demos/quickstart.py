@@ -140,14 +140,15 @@ def _say_what_happens(console: Console, out: Path) -> None:
     )
 
 
-def run_annotators(context: Context) -> dict[str, Any]:
-    """Two answers of the SFT model to each prompt, compared by the simulated annotators: the reward model's data."""
+def run_annotators(context: Context, compared: int = NUM_COMPARED) -> dict[str, Any]:
+    """Two answers of the SFT model to each of `compared` prompts, compared by the simulated annotators: the reward
+    model's data."""
     folder = stage_model(context, "sft")
     assert folder is not None
 
     def body(run: RunFolder) -> dict[str, Any]:
         policy = LoadedPolicy.from_folder(folder, "auto")
-        asked = prompts(NUM_COMPARED, context.seed + 2, "train")
+        asked = prompts(compared, context.seed + 2, "train")
         sampling = Sampling(MAX_NEW_TOKENS, stop_ids=policy.template.stop_ids)
         wanted = [PromptTokens(policy.template.prompt_ids(p.group.prompt), p.group.prompt_id) for p in asked]
         sampled = NativeSampler(policy.model, pad_id=policy.pad_id).generate(
@@ -168,7 +169,7 @@ def run_annotators(context: Context) -> dict[str, Any]:
         return _annotation_summary(context, comparisons, groups)
 
     return run_stage(
-        context, "annotate", settings={"num_prompts": NUM_COMPARED}, sources=weights_hash(folder), body=body
+        context, "annotate", settings={"num_prompts": compared}, sources=weights_hash(folder), body=body
     )
 
 
