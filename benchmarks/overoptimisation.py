@@ -235,7 +235,7 @@ def _best_of_n(out: Path, scale: Scale, seed: str) -> None:
     policy = LoadedPolicy.from_folder(_root(out, seed) / "policy" / "sft" / "model", "auto")
     gold = function_scorer(context, "gold_function", GOLD)
     assert gold is not None
-    groups = corpus.evaluation.groups[: scale.prompts]
+    groups = corpus.prompts.groups[: scale.prompts]
     prompts = _tokens(policy, groups)
     sampling = Sampling(quickstart.MAX_NEW_TOKENS, stop_ids=policy.template.stop_ids)
     drawing = Drawing(NativeSampler(policy.model, pad_id=policy.pad_id), policy.template, gold, None)
