@@ -85,6 +85,15 @@ def test_another_run_in_the_folder_is_refused_with_each_difference(tmp_path: Pat
     assert "delete" in lines[-1]
 
 
+def test_an_optional_key_that_is_not_set_is_no_difference(tmp_path: Path) -> None:
+    """A newer version knows more optional keys than the one that began the folder."""
+    begin(tmp_path)
+    with open_run(tmp_path, CONFIG | {"ppo": CONFIG["ppo"] | {"kl_budget": None}, "loop": None}):
+        pass
+    with pytest.raises(CheckpointError, match=r"ppo\.kl_budget: \(not set\) there, 12 now"):
+        open_run(tmp_path, CONFIG | {"ppo": CONFIG["ppo"] | {"kl_budget": 12}})
+
+
 def test_at_most_ten_differences_are_listed(tmp_path: Path) -> None:
     begin(tmp_path, {f"k{n:02}": n for n in range(14)})
     with pytest.raises(CheckpointError) as caught:

@@ -235,11 +235,16 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    missing = "(not set)"
+    """A line for each key with another value. None is a key that is not set: an optional key that a newer version
+    knows makes no other run of a folder of an older one."""
+
+    def shown(value: Any) -> str:
+        return "(not set)" if value is None else f"{value!s:.60}"
+
     lines = [
-        f"  {key}: {old.get(key, missing)!s:.60} there, {new.get(key, missing)!s:.60} now"
+        f"  {key}: {shown(old.get(key))} there, {shown(new.get(key))} now"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key, missing) != new.get(key, missing)
+        if old.get(key) != new.get(key)
     ]
     if len(lines) > DIFFERENCES_SHOWN:
         lines[DIFFERENCES_SHOWN:] = [f"  ... and {len(lines) - DIFFERENCES_SHOWN} more"]
