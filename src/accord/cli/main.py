@@ -13,7 +13,7 @@ from types import FrameType
 from typing import NoReturn
 
 from accord import __version__
-from accord.cli import benchmark, compare_methods, data, methods, quickstart, stages
+from accord.cli import benchmark, compare_methods, data, import_value_head, methods, quickstart, stages
 from accord.errors import AccordError
 
 __all__ = ["main"]
@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     stages.add_parsers(commands)
     compare_methods.add_parser(commands)
     benchmark.add_parser(commands)
+    import_value_head.add_parser(commands)
     return parser
 
 

@@ -14,73 +14,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from accord.config.check import contradictions
+from accord.config.foreign import ABSENT, RENAMED
 from accord.config.recipe import Recipe
 from accord.errors import ConfigError
 
 __all__ = ["load_recipe", "merged", "overrides_tree", "parse_override", "recipe_from", "section_in"]
 
 EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
-
-# What people's fingers know from other tools, and our name for it; with a section where the name means something else
-# elsewhere.
-FOREIGN_NAMES = {
-    "per_device_train_batch_size": "batch_size",
-    "train_batch_size": "batch_size",
-    "mini_batch_size": "minibatches",
-    "num_mini_batches": "minibatches",
-    "num_train_epochs": "epochs",
-    "num_epochs": "epochs",
-    "ppo_epochs": "update_epochs",
-    "num_ppo_epochs": "update_epochs",
-    "lr": "learning_rate",
-    "lr_scheduler_type": "schedule",
-    "warmup_ratio": "warmup_fraction",
-    "cliprange": "clip_range",
-    "clip_ratio": "clip_range",
-    "eps_clip": "clip_range",
-    "cliprange_value": "value_clip_range",
-    "cliprange_reward": "score_clip",
-    "init_kl_coef": "kl_coef",
-    "target": "target_kl",
-    "horizon": "kl_horizon",
-    "adap_kl_ctrl": "kl_controller",
-    "lam": "gae_lambda",
-    "lambd": "gae_lambda",
-    "ent_coef": "entropy_coef",
-    "total_episodes": "episodes",
-    "num_generations": "samples_per_prompt",
-    "n_samples_per_prompt": "samples_per_prompt",
-    "max_length": "max_tokens",
-    "max_seq_length": "max_tokens",
-    "max_prompt_length": "max_prompt_tokens",
-    "max_completion_length": "max_new_tokens",
-    "response_length": "max_new_tokens",
-    "model_name_or_path": "path",
-    "output_dir": "out",
-    "save_steps": "checkpoint_every",
-    "eval_steps": "eval_every",
-    "center_rewards_coefficient": "centring_coef",
-    "reward_model_path": "reward_model",
-    "loss_type": "loss",
-    "simpo_gamma": "target_margin",
-    "gamma_beta_ratio": "target_margin",
-    "rpo_alpha": "sft_coef",
-    "cpo_alpha": "sft_coef",
-    "lambda": "odds_ratio_coef",
-    "lambda_": "odds_ratio_coef",
-    "orpo.beta": "odds_ratio_coef",
-    "epsilon": "clip_range",
-    "num_iterations": "update_epochs",
-    "scale_rewards": "advantage_scale",
-    "num_samples": "samples_per_prompt",
-    "awac_scale": "awac_coef",
-    "cql_scale": "cql_coef",
-    "steps_for_target_q_sync": "sync_every",
-    "ilql.alpha": "target_rate",
-    "model.adapter.r": "rank",
-    "model.adapter.lora_alpha": "alpha",
-    "model.adapter.target_modules": "targets",
-}
 
 
 def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
@@ -204,21 +144,49 @@ def _assign(tree: dict[str, Any], keys: tuple[str, ...], value: Any, text: str) 
 def _explain(error: ValidationError, source: str) -> str:
     lines: list[str] = []
     for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key `{key}`{_suggestion(item['loc'])}")
+            lines += [
+                f"unknown key `{'.'.join(map(str, loc))}`{_suggestion(loc)}"
+                for loc in _leaves(item["loc"], item["input"])
+            ]
         else:
+            key = ".".join(str(part) for part in item["loc"])
             lines.append(f"`{key}`: {item['msg'][0].lower()}{item['msg'][1:]}; found {item['input']!r}")
     return f"{source}: " + ("\n  ".join(["", *lines]) if len(lines) > 1 else lines[0])
 
 
+def _leaves(loc: tuple[int | str, ...], value: Any) -> list[tuple[int | str, ...]]:
+    """The places of an unknown key: those of the keys inside it where it is a section that another tool has."""
+    if not isinstance(value, Mapping) or _foreign(loc) or not any(_foreign((*loc, *rest)) for rest in _paths(value)):
+        return [loc]
+    return [(*loc, *rest) for rest in _paths(value)]
+
+
+def _paths(value: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (str(key), *rest)
+        for key, inner in value.items()
+        for rest in (_paths(inner) if isinstance(inner, Mapping) and inner else [()])
+    ]
+
+
+def _foreign(loc: tuple[int | str, ...]) -> bool:
+    path = ".".join(map(str, loc))
+    return path in RENAMED or path in ABSENT
+
+
 def _suggestion(loc: tuple[int | str, ...]) -> str:
+    path, name = ".".join(map(str, loc)), str(loc[-1])
+    if path in ABSENT or (name in ABSENT and path not in RENAMED):
+        return f"; {ABSENT.get(path) or ABSENT[name]}"
+    ours = RENAMED.get(path) or RENAMED.get(name)
     section = _section_at(loc[:-1])
+    if ours is not None and ("." in ours or (ours in Recipe.model_fields and section is not Recipe)):
+        return f"; here it is called `{ours}`"
     if section is None:
         return ""
-    prefix = "".join(f"{part}." for part in loc[:-1])
-    name, fields = str(loc[-1]), list(section.model_fields)
-    ours = FOREIGN_NAMES.get(f"{prefix}{name}") or FOREIGN_NAMES.get(name)
+    prefix = path.removesuffix(name)
+    fields = list(section.model_fields)
     if ours in fields:
         return f"; here it is called `{prefix}{ours}`"
     near = difflib.get_close_matches(name, fields, n=1, cutoff=0.6)

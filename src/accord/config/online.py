@@ -143,9 +143,11 @@ class PPOConfig(TokenKLFields):
     whiten_advantages: bool = Field(
         True, description="Scale advantages to zero mean and unit variance over the rollout."
     )
-    value_init: Literal["reward", "policy"] = Field(
+    value_init: str = Field(
         "reward",
-        description="The value model starts from the reward model, or from the policy under a head of zeros.",
+        min_length=1,
+        description="The value model starts from the reward model (`reward`), from the policy under a head of zeros "
+        "(`policy`), or from this folder of a value or reward model.",
     )
 
 

@@ -69,15 +69,21 @@ def run_online(context: Context, stage: str) -> dict[str, Any]:
 
 
 def run_rollout_stage(
-    context: Context, stage: str, section: RolloutFields, trainer_of: Callable[[Cast], RolloutTrainer]
+    context: Context,
+    stage: str,
+    section: RolloutFields,
+    trainer_of: Callable[[Cast], RolloutTrainer],
+    *,
+    sources: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """The frame of every online stage, PPO's too: roles, prompts, the trainer made of them, and its account."""
+    """The frame of every online stage, PPO's too: roles, prompts, the trainer made of them, and its account. `sources`
+    (what -> content hash) is what the trainer depends on besides."""
     start = starting_model(context, section.init)
     judges = judges_of(context, stage, section)
     part = context.corpus.all_prompts()
-    sources = part.sources | weights_hash(start) | judges.sources
+    all_sources = part.sources | weights_hash(start) | judges.sources | dict(sources)
     if section.shaping.reference != "none":
-        sources |= context.corpus.sft.sources | context.corpus.preferences.sources
+        all_sources |= context.corpus.sft.sources | context.corpus.preferences.sources
 
     def body(run: RunFolder) -> dict[str, Any]:
         for note in part.notes:
@@ -99,11 +105,11 @@ def run_rollout_stage(
         ended = run_training(trainer, run, context.console)
         summary = online_summary(run, trainer, section, scorer.name, ended)
         summary["account"] += data_note(part)
-        policy.save(run.path / "model", model_card(context.recipe, stage, start, sources, summary))
+        policy.save(run.path / "model", model_card(context.recipe, stage, start, all_sources, summary))
         return summary
 
     settings = {
         stage: section.model_dump(mode="json"),
         "data": context.recipe.data.model_dump(mode="json", include={"holdout", "max_tokens", "max_prompt_tokens"}),
     }
-    return run_stage(context, stage, settings=settings, sources=sources, body=body)
+    return run_stage(context, stage, settings=settings, sources=all_sources, body=body)

@@ -116,6 +116,9 @@ def check_names(recipe: Recipe, stages: list[str], given: Collection[str] = ()) 
             named = getattr(section, key, None)
             if named is not None:
                 _check_model(recipe, named)
+        value_init = getattr(section, "value_init", "reward")
+        if value_init not in ("reward", "policy"):
+            _check_model(recipe, value_init)
         scored = recipe.reward is not None or (recipe.root / "reward" / "summary.json").exists()
         if isinstance(section, SamplingFields) and not (
             scored or section.reward_model or section.reward_function or f"{stage}.reward_function" in given

@@ -6,11 +6,11 @@ from typing import Any
 
 from accord.config import PPOConfig
 from accord.errors import ConfigError
-from accord.methods.context import Context, adapt
+from accord.methods.context import Context, adapt, weights_hash
 from accord.methods.online_stage import Cast, run_rollout_stage
 from accord.methods.ppo import PPOTrainer
 from accord.models.adapters import sharing_copy
-from accord.models.load import fresh_value_model, value_model_from
+from accord.models.load import fresh_value_model, load_reward_model, value_model_from
 
 __all__ = ["run_ppo"]
 
@@ -23,16 +23,20 @@ def run_ppo(context: Context) -> dict[str, Any]:
     def trainer(cast: Cast) -> PPOTrainer:
         return PPOTrainer(cast.models, _value_model(context, section, cast), cast.prompts, section, context.seed)
 
-    return run_rollout_stage(context, "ppo", section, trainer)
+    own = section.value_init in ("reward", "policy")
+    sources = {} if own else {"value weights": "".join(weights_hash(section.value_init).values())}
+    return run_rollout_stage(context, "ppo", section, trainer, sources=sources)
 
 
 def _value_model(context: Context, section: PPOConfig, cast: Cast) -> Any:
     policy, reward_model = cast.policy.model, cast.reward_model
-    if section.value_init == "reward" and reward_model is not None:
+    if section.value_init not in ("reward", "policy"):
+        reward_model, _ = load_reward_model(section.value_init)
+    if section.value_init != "policy" and reward_model is not None:
         if reward_model.config.vocab_size != policy.config.vocab_size:
             raise ConfigError(
-                "`ppo.value_init` = reward, but the reward model reads another vocabulary than the policy writes: set "
-                "`ppo.value_init` = policy"
+                f"`ppo.value_init` = {section.value_init}, and that model reads another vocabulary than the policy "
+                "writes: set `ppo.value_init` = policy"
             )
         value = value_model_from(reward_model) if context.recipe.model.adapter is None else sharing_copy(reward_model)
     else:

@@ -7,13 +7,15 @@ model: importance ratios compare two passes over the same tokens, which dropout 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -38,6 +40,7 @@ __all__ = [
     "load_reward_model",
     "reward_model_from",
     "save_model",
+    "unread_tensors",
     "value_model_from",
 ]
 
@@ -107,9 +110,16 @@ def load_policy(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tupl
 
 
 def load_reward_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """(sequence classification model with one output or an ensemble's K, tokenizer), as `load_policy`."""
-    model, tokenizer = _load(AutoModelForSequenceClassification, path, dtype)
-    score_head(model)
+    """(sequence classification model with one output or an ensemble's K, tokenizer), as `load_policy`.
+
+    Transformers' classifiers have a head without bias; a bias in the folder's files (see `value_head`) gets its place.
+    """
+    bias = _stored(Path(path), "score.bias")
+    with nullcontext() if bias is None else unread_tensors():
+        model, tokenizer = _load(AutoModelForSequenceClassification, path, dtype)
+    head = score_head(model)
+    if bias is not None and head.bias is None:
+        head.bias = nn.Parameter(bias.to(head.weight))
     return model, tokenizer
 
 
@@ -214,6 +224,26 @@ def _load(kind: Any, path: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
             "together; save model and tokenizer to one folder"
         )
     return model.eval(), tokenizer
+
+
+@contextmanager
+def unread_tensors() -> Iterator[None]:
+    """Files hold tensors that transformers has no place for, and that is known: it need not warn of them."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def _stored(folder: Path, name: str) -> Tensor | None:
+    """A tensor of a model folder's files, by name; None where there is none."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            if name in tensors.keys():
+                return tensors.get_tensor(name)
+    return None
 
 
 def _first_sentence(error: Exception) -> str:
