@@ -86,6 +86,11 @@ _PPO = {
     "reward_pretrain": "reward_model",
     "critic_pretrain": "value_init",
     "remote_rm_url": "reward_function",
+    "use_score_scaling": "ppo.shaping.running",
+    "use_score_norm": "ppo.shaping.running",
+    "normalize_reward": "ppo.shaping.running",
+    "overlong_buffer_len": "ppo.shaping.overlong_buffer",
+    "overlong_penalty_factor": "ppo.shaping.overlong_penalty",
 }
 
 _FIXED_DATA = {
@@ -144,6 +149,7 @@ _TRLX = {
     "method.cliprange": "ppo.clip_range",
     "method.cliprange_value": "ppo.value_clip_range",
     "method.cliprange_reward": "ppo.score_clip",
+    "method.scale_reward": "ppo.shaping.running",
     "method.gen_kwargs.max_new_tokens": "ppo.max_new_tokens",
     "method.gen_kwargs.temperature": "ppo.temperature",
     "method.tau": "ilql.tau",
@@ -173,6 +179,7 @@ _OPENRLHF = {
     "reward.model_name_or_path": "ppo.reward_model",
     "critic.model_name_or_path": "ppo.value_init",
     "reward.remote_url": "ppo.reward_function",
+    "reward.normalize_enable": "ppo.shaping.running",
     "reward.clip_range": "ppo.score_clip",
     "actor.adam.lr": "ppo.learning_rate",
     "critic.adam.lr": "ppo.value_learning_rate",
