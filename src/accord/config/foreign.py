@@ -70,8 +70,10 @@ _PPO = {
     "target": "target_kl",
     "kl_target": "target_kl",
     "horizon": "kl_horizon",
+    "use_kl_loss": "kl_in",
     "adap_kl_ctrl": "kl_controller",
     "early_stopping": "update_kl_stop",
+    "kl_penalty": "kl_estimator",
     "lam": "gae_lambda",
     "lambd": "gae_lambda",
     "ent_coef": "entropy_coef",
@@ -190,6 +192,8 @@ _OPENRLHF = {
     "algo.kl.init_coef": "ppo.kl_coef",
     "algo.kl.target": "ppo.target_kl",
     "algo.kl.horizon": "ppo.kl_horizon",
+    "algo.kl.estimator": "ppo.kl_estimator",
+    "algo.kl.use_loss": "ppo.kl_in",
     "algo.advantage.lambd": "ppo.gae_lambda",
     "algo.advantage.gamma": "ppo.gamma",
     "rollout.batch_size": "ppo.prompts_per_step",
@@ -216,7 +220,6 @@ RENAMED = MappingProxyType(_BATCHES | _OPTIMISER | _PPO | _FIXED_DATA | _MODEL_A
 
 _LOGS = "there is no such option: every step is in metrics.jsonl, and report.html needs no service"
 _FULL = "there is no such option: weights and optimiser are float32"
-_K1 = "there is no such option: the reward pays log(policy / reference) itself, the unbiased estimate"
 _VALUE = "there is no such option: the value model has weights and an optimiser of its own, see `value_learning_rate`"
 _RESUME = "there is no such option: run the same command again, and it continues bit for bit"
 _STOP = "there is no such option: an answer ends at the chat template's end of turn or the tokenizer's end token"
@@ -228,7 +231,6 @@ ABSENT = MappingProxyType(
         ("logging_steps", "report_to", "log_with", "tracker_project_name", "use_wandb", "train.tracker"), _LOGS
     )
     | dict.fromkeys(("bf16", "fp16", "dtype", "ds.param_dtype", "load_in_4bit"), _FULL)
-    | dict.fromkeys(("kl_penalty", "kl_estimator", "algo.kl.estimator"), _K1)
     | dict.fromkeys(("vf_coef", "method.vf_coef", "method.num_value_layers_unfrozen"), _VALUE)
     | dict.fromkeys(
         ("resume_from_checkpoint", "train.resume_from_checkpoint", "load_checkpoint", "ckpt.load_enable"), _RESUME
