@@ -15,8 +15,8 @@ from accord.methods.ppo import PPOTrainer
 from accord.methods.reward import Comparison, RewardObjective
 from accord.methods.rollouts import RolloutModels
 from accord.methods.sft import SFTObjective
-from accord.models.adapters import add_adapter, sharing_copy
-from accord.models.load import reward_model_from
+from accord.models.adapters import add_adapter
+from accord.models.load import reward_model_from, value_model_from
 from accord.records import Group, Message, TokenGroup
 from accord.rewards.scorers import FunctionScorer
 from accord.rollout.native import NativeSampler
@@ -41,7 +41,7 @@ def ppo(kind: str = "llama", *, own_reference: bool = False) -> tuple[PPOTrainer
     }  # fmt: skip
     policy, reward_model = tiny_model(kind, seed=1), reward_model_from(tiny_model(kind, seed=3), 4)
     reference = copy.deepcopy(policy).requires_grad_(False) if own_reference else policy
-    value = adapted(sharing_copy(reward_model))
+    value = adapted(value_model_from(reward_model))
     models = RolloutModels(
         policy=adapted(policy),
         reference=reference,

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from accord.data.templates import Template
 from accord.errors import ConfigError
-from accord.models.adapters import add_adapter, save_adapter, sharing_copy
+from accord.models.adapters import add_adapter, save_adapter
 from accord.models.heads import scalar_head, score_head, shift_scores
 from accord.models.layout import collate
 from accord.models.load import load_reward_model, reward_model_from, save_model, value_model_from
@@ -69,15 +69,15 @@ def test_every_head_is_centred_by_itself(bias: bool) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("make", [value_model_from, sharing_copy])
+@pytest.mark.parametrize("sharing", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_value_model_from_an_ensemble_has_one_head_their_mean(make: Any, bias: bool) -> None:
+def test_a_value_model_from_an_ensemble_has_one_head_their_mean(sharing: bool, bias: bool) -> None:
     """The value before a token is the head on the state that predicts it; at a completion's last token the heads score
     the state that would predict the token after: one head on both must be the mean of three."""
     model = ensemble()
     if bias:
         model.score = torch.nn.Linear(32, 3)
-    value = make(model)
+    value = value_model_from(model, sharing=sharing)
     states = last_hidden_states(model, BATCH)
     torch.testing.assert_close(scalar_head(value)(states)[:, 0], score_head(model)(states).mean(1))
     assert score_values(value, BATCH).shape == BATCH.valid_mask.shape

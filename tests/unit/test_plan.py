@@ -45,10 +45,12 @@ def test_an_edited_reward_function_is_another_one() -> None:
 # --- the memory of a dry run -----------------------------------------------------------------------------------------
 
 
-def planned(model: dict[str, Any], adapter: dict[str, Any] | None) -> tuple[list[str], str]:
+def planned(
+    model: dict[str, Any], adapter: dict[str, Any] | None, blocks: int | None = None, **more: Any
+) -> tuple[list[str], str]:
     """What `--dry-run` says of sft and ppo: models in memory with their bytes, and what stands below the table."""
-    sections = {"sft": {}, "ppo": {"prompts_per_step": 4, "minibatches": 2}}
-    recipe = recipe_from({"model": model | {"adapter": adapter}, **sections})
+    sections = {"sft": {}, "ppo": {"prompts_per_step": 4, "minibatches": 2}, **more}
+    recipe = recipe_from({"model": model | {"adapter": adapter, "trainable_blocks": blocks}, **sections})
     table = plan_table(recipe, corpus(), ["sft", "ppo"])
     cells = [list(column.cells) for column in table.columns]
     return [f"{models}: {memory}" for models, memory in zip(cells[3], cells[4], strict=True)], str(table.caption)
@@ -94,3 +96,33 @@ def test_with_adapters_the_policy_is_its_own_reference_and_the_value_model_share
         f"1 adapter, 1 frozen: {(4 * whole + 16 * small) / 1e6:,.0f} MB",
         f"2 adapters, 2 frozen: {(8 * whole + 32 * small) / 1e6:,.0f} MB",
     ]
+
+
+def test_a_reward_model_of_the_same_run_is_an_adapter_on_the_same_trunk() -> None:
+    scratch = {"hidden_size": 256, "layers": 8, "vocab_size": 8000}
+    (_, ppo), caption = planned({"scratch": scratch}, {"rank": 64}, reward={})
+    whole, small = number(planned({"scratch": scratch}, None)[1], " parameters"), number(caption, " in an adapter")
+    assert ppo == f"2 adapters, 1 frozen adapter, 1 frozen: {(4 * whole + 36 * small) / 1e6:,.0f} MB"
+
+
+def test_top_blocks_are_trained_in_place_and_the_other_roles_have_their_own() -> None:
+    """Policy 4 bytes a weight and 12 more for what trains; reference 4, value model 16, and a reward model of the run 4
+    for each weight of the top."""
+    scratch = {"hidden_size": 256, "layers": 8, "vocab_size": 8000}
+    (sft, other), caption = planned({"scratch": scratch}, None, 2)
+    (_, ppo), _ = planned({"scratch": scratch}, None, 2, reward={})
+    whole = number(planned({"scratch": scratch}, None)[1], " parameters")
+    top = number(caption, " in the top 2 blocks")
+    model = build_model(ModelShape(256, 8, 4, 32), vocab_size=8000, pad_id=0, eos_id=1, seed=0)
+    matrices = [p for block in model.base_model.layers[-2:] for p in block.parameters() if p.dim() == 2]
+    assert top == sum(p.numel() for p in matrices)
+    assert sft == f"1 top, 1 frozen: {(4 * whole + 12 * top) / 1e6:,.0f} MB"
+    assert other == f"2 tops, 1 frozen top, 2 frozen: {(8 * whole + 32 * top) / 1e6:,.0f} MB"
+    assert ppo == f"2 tops, 2 frozen tops, 1 frozen: {(4 * whole + 36 * top) / 1e6:,.0f} MB"
+
+
+def test_more_top_blocks_than_a_file_has_are_refused_before_it_is_loaded() -> None:
+    blocks = load_policy(str(files("accord") / "assets" / "quickstart"))[0].config.num_hidden_layers
+    with pytest.raises(ConfigError, match=f"has {blocks} blocks; choose 1 to {blocks}"):
+        planned({"path": "quickstart"}, None, blocks + 1)
+    planned({"path": "quickstart"}, None, blocks)

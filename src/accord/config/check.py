@@ -31,6 +31,16 @@ def contradictions(recipe: Recipe) -> list[str]:
             f"`model.scratch.heads` = {model.scratch.heads} does not divide `model.scratch.hidden_size` = "
             f"{model.scratch.hidden_size}"
         )
+    if model.adapter is not None and model.trainable_blocks is not None:
+        problems.append(
+            "`model.adapter` and `model.trainable_blocks` are both set: train adapters in all blocks, or the top "
+            "blocks whole"
+        )
+    if model.scratch is not None and (model.trainable_blocks or 0) > model.scratch.layers:
+        problems.append(
+            f"`model.trainable_blocks` = {model.trainable_blocks} is more than `model.scratch.layers` = "
+            f"{model.scratch.layers}"
+        )
     data = recipe.data
     if data.max_prompt_tokens is not None and data.max_prompt_tokens >= data.max_tokens:
         problems.append(

@@ -69,6 +69,12 @@ class ModelConfig(Section):
         "shares when it saves work and the start-up self-check proves both agree on this model.",
     )
     adapter: AdapterConfig | None = Field(None, description="Train low-rank adapters. Unset: all weights.")
+    trainable_blocks: int | None = Field(
+        None,
+        ge=1,
+        description="Train the last k transformer blocks and the final norm; what is below them, and the embeddings, "
+        "stay as they are and are shared by policy, reference and value model. Unset: all weights.",
+    )
 
 
 def _source(value: object) -> object:

@@ -124,7 +124,7 @@ def run_bestofn(context: Context) -> dict[str, Any]:
             context.say(note)
         policy = LoadedPolicy.from_folder(start, context.recipe.model.template)
         prompts = step_prompts(context, policy, section.max_new_tokens)[: section.prompts]
-        scorer, _ = judges.scorer(context, section.micro_batch_tokens)
+        scorer, _ = judges.scorer(context, section.micro_batch_tokens, policy)
         drawing = Drawing(NativeSampler(policy.model, pad_id=policy.pad_id), policy.template, scorer, judges.gold)
         sampling = BestOfNSampling(drawing, prompts, section, run.path / "chunks", context.seed)
         context.say(f"{len(prompts)} prompts x {section.n} answers, in {sampling.total_steps} chunks")

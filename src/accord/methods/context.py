@@ -20,7 +20,8 @@ from accord.data.tokenise import tokenise_groups
 from accord.errors import CheckpointError, ConfigError
 from accord.methods.catalogue import STAGES
 from accord.methods.corpus import Corpus, Part
-from accord.models.adapters import add_adapter, has_adapter, merged, save_adapter
+from accord.models.adapters import add_adapter, fold_adapter, has_adapter, save_adapter
+from accord.models.blocks import train_top_blocks
 from accord.models.layout import Layout, layout_cost
 from accord.models.load import ModelShape, build_model, load_policy, save_model
 from accord.models.paths import check_model_path
@@ -100,16 +101,19 @@ class LoadedPolicy:
 
     @classmethod
     def to_train(cls, context: Context, folder: Path | str, stage: str) -> LoadedPolicy:
-        """The policy a stage trains: as `from_folder`, with a fresh adapter if the recipe has one. A fresh adapter
-        changes no bit, so this is the reference too, as long as nothing has been trained."""
+        """The policy a stage trains: as `from_folder`, with a fresh adapter if the recipe has one, or with its lower
+        blocks frozen. That changes no bit, so this is the reference too, as long as nothing has been trained."""
         policy = cls.from_folder(folder, context.recipe.model.template)
         adapt(context, policy.model, stage)
         return policy
 
 
 def adapt(context: Context, model: Any, *key: str) -> None:
-    """Put the adapter that the recipe asks for into a model that is to be trained; `key` is its randomness's."""
-    adapter = context.recipe.model.adapter
+    """Make a model ready to be trained as the recipe asks for: with an adapter, whose randomness's key is `key`, or
+    with all but its top blocks frozen, or whole."""
+    adapter, blocks = context.recipe.model.adapter, context.recipe.model.trainable_blocks
+    if blocks is not None:
+        train_top_blocks(model, blocks)
     if adapter is not None:
         seed = torch_seed(context.seed, "adapter", *key)
         add_adapter(model, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets, seed=seed)
@@ -119,11 +123,11 @@ def save_trained(
     model: Any, tokenizer: Any, folder: Path, *, start: Path | str, card: str, stop_ids: Sequence[int] = ()
 ) -> None:
     """Write a model that a stage trained from `start`: a plain one, with the adapter folded in if there is one, and the
-    adapter by itself in `adapter` beside it."""
+    adapter by itself in `adapter` beside it. The last thing to do with the model: see `fold_adapter`."""
     if has_adapter(model):
         base = str(Path(start).absolute()) if Path(start).is_dir() else str(start)
         save_adapter(model, folder.with_name("adapter"), base=base)
-        model = merged(model)
+        fold_adapter(model)
     save_model(model, tokenizer, folder, stop_ids=stop_ids, card=card)
 
 
@@ -166,9 +170,9 @@ def run_stage(
 
 
 def _model_settings(context: Context, stage: str) -> dict[str, Any]:
-    """The model's settings a stage depends on: only one that trains depends on the adapter."""
+    """The model's settings a stage depends on: only one that trains depends on what of a model is trained."""
     trains = stage in STAGES and STAGES[stage].trained > 0
-    return context.recipe.model.model_dump(mode="json", exclude=None if trains else {"adapter"})
+    return context.recipe.model.model_dump(mode="json", exclude=None if trains else {"adapter", "trainable_blocks"})
 
 
 def _tell(context: Context, summary: Mapping[str, Any]) -> None:

@@ -93,7 +93,7 @@ def run_rollout_stage(
             context, stage, section, step_prompts(context, policy, section.max_new_tokens)
         )
         check_prompts(stage, section, len(prompts))
-        scorer, reward_model = judges.scorer(context, section.micro_batch_tokens)
+        scorer, reward_model = judges.scorer(context, section.micro_batch_tokens, policy)
         models = rollout_models(context, section, policy, scorer, judges.gold, [t for _, t in prompts])
         if answers is not None:
             models.rewards.references = ReferenceScores(scorer, answers)

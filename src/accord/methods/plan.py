@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -70,35 +72,67 @@ def num_parameters(recipe: Recipe) -> int | None:
 
 def plan_table(recipe: Recipe, corpus: Corpus, stages: list[str]) -> Table:
     """One row a stage: data, steps, models in memory. Raises DataError where a stage's data is missing."""
-    parameters, adapter = num_parameters(recipe), recipe.model.adapter
-    small = 0 if adapter is None else _adapter_parameters(recipe, adapter)
+    parameters, part = num_parameters(recipe), _trained_part(recipe)
     table = Table("stage", "data", "steps", "models in memory", "weights and optimiser, fp32")
     for stage in stages:
         data, steps = _sizes(recipe, corpus, stage)
-        trained, frozen = STAGES[stage].trained, STAGES[stage].frozen
-        if adapter is None or not trained:
-            models, bytes_needed = f"{trained} trained, {frozen} frozen", trained * TRAINED * (parameters or 0)
-        else:
-            frozen = _frozen_with_adapters(recipe, stage)
-            models, bytes_needed = f"{trained} adapter{'s' * (trained > 1)}, {frozen} frozen", trained * TRAINED * small
-        bytes_needed += frozen * FROZEN * (parameters or 0)
+        models, bytes_needed = _memory(recipe, stage, parameters or 0, part)
         if stage == "ilql":
             models += ", Q heads"
             bytes_needed += (TRAINED + FROZEN) * _q_head_parameters(recipe)
         table.add_row(stage, data, steps, models, f"{bytes_needed / 1e6:,.0f} MB" if parameters else "unknown")
     table.caption = (
-        f"{parameters:,} parameters{f', about {small:,} in an adapter' if small else ''}; activations come on top"
+        f"{parameters:,} parameters{part.note if part else ''}; activations come on top"
         if parameters
         else "a model that is not a local folder"
     )
     return table
 
 
-def _frozen_with_adapters(recipe: Recipe, stage: str) -> int:
-    """Models whose weights are in memory: the policy, which is its own reference, and what scores. A value model shares
-    the weights of the model it starts from."""
-    has_reference = isinstance(getattr(recipe, stage), RolloutFields)
-    return 1 + STAGES[stage].frozen - has_reference
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The part of a model that is trained when it is not the whole: its parameters, and what it is called."""
+
+    parameters: int
+    name: str
+    is_adapter: bool
+
+    @property
+    def note(self) -> str:
+        return f", about {self.parameters:,} in {self.name}"
+
+
+def _trained_part(recipe: Recipe) -> _Part | None:
+    """None when all weights are trained. Raises ConfigError for more top blocks than the model has."""
+    adapter, blocks = recipe.model.adapter, recipe.model.trainable_blocks
+    if adapter is not None:
+        return _Part(_adapter_parameters(recipe, adapter), "an adapter", True)
+    if blocks is not None:
+        return _Part(_top_parameters(recipe, blocks), f"the top {blocks} block{'s' * (blocks > 1)}", False)
+    return None
+
+
+def _memory(recipe: Recipe, stage: str, parameters: int, part: _Part | None) -> tuple[str, int]:
+    """Models in memory, in words, and bytes of their weights and optimisers.
+
+    Where a part is trained, the rest is there once: the policy's. The reference is the policy without its adapter, or a
+    frozen copy of the top blocks; the value model has a part of its own. So has a reward model that was made from the
+    same weights; any other is whole, and then the value model stands on it.
+    """
+    trained, frozen = STAGES[stage].trained, STAGES[stage].frozen
+    if part is None or not trained:
+        return f"{trained} trained, {frozen} frozen", (trained * TRAINED + frozen * FROZEN) * parameters
+    section, reward = getattr(recipe, stage), recipe.reward
+    has_reference, has_scorer = isinstance(section, RolloutFields), isinstance(section, SamplingFields)
+    shared_scorer = has_scorer and section.reward_model is None and reward is not None and section.init == reward.init
+    whole = 1 + (has_scorer and not shared_scorer)
+    parts = shared_scorer + (has_reference and not part.is_adapter)
+    # Top blocks are trained in place; an adapter stands beside the weights.
+    own = trained * TRAINED - (0 if part.is_adapter else FROZEN)
+    unit = "adapter" if part.is_adapter else "top"
+    counted = [f"{trained} {unit}{'s' * (trained > 1)}", f"{parts} frozen {unit}{'s' * (parts > 1)}", f"{whole} frozen"]
+    models = ", ".join(text for text in counted if not text.startswith("0"))
+    return models, (own + parts * FROZEN) * part.parameters + whole * FROZEN * parameters
 
 
 def check_sizes(recipe: Recipe, corpus: Corpus, stages: list[str]) -> None:
@@ -311,6 +345,23 @@ def _adapter_parameters(recipe: Recipe, adapter: AdapterConfig) -> int:
     }
     targets = tuple(f".{target}" for target in adapter.targets)
     return adapter.rank * sum(size for name, size in layers.items() if not targets or f".{name}".endswith(targets))
+
+
+def _top_parameters(recipe: Recipe, count: int) -> int:
+    """Weights of the last blocks, told by the numbers in the names of the weights; the final norm is left out."""
+    scratch = recipe.model.scratch
+    shapes = _file_shapes(recipe) if scratch is None else _scratch_layers(scratch)
+    sizes: dict[int, int] = {}
+    for name, shape in shapes.items():
+        number = re.search(r"(?:^|\.)(\d+)\.", name)
+        if number:
+            sizes[int(number[1])] = sizes.get(int(number[1]), 0) + math.prod(shape)
+    if sizes and count > len(sizes):
+        raise ConfigError(
+            f"`model.trainable_blocks` = {count}, but the model has {len(sizes)} blocks; choose 1 to {len(sizes)}, or "
+            "leave it unset to train all weights"
+        )
+    return sum(sizes[number] for number in sorted(sizes)[-count:])
 
 
 def _scratch_layers(shape: ScratchConfig) -> dict[str, tuple[int, int]]:

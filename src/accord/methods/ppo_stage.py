@@ -9,8 +9,8 @@ from accord.errors import ConfigError
 from accord.methods.context import Context, adapt, weights_hash
 from accord.methods.online_stage import Cast, run_rollout_stage
 from accord.methods.ppo import PPOTrainer
-from accord.models.adapters import sharing_copy
-from accord.models.load import fresh_value_model, load_reward_model, value_model_from
+from accord.methods.reward_models import value_model_beside
+from accord.models.load import fresh_value_model, load_reward_model
 
 __all__ = ["run_ppo"]
 
@@ -38,8 +38,7 @@ def _value_model(context: Context, section: PPOConfig, cast: Cast) -> Any:
                 f"`ppo.value_init` = {section.value_init}, and that model reads another vocabulary than the policy "
                 "writes: set `ppo.value_init` = policy"
             )
-        value = value_model_from(reward_model) if context.recipe.model.adapter is None else sharing_copy(reward_model)
-    else:
-        value = fresh_value_model(policy)
+        return value_model_beside(context, reward_model)
+    value = fresh_value_model(policy)
     adapt(context, value, "ppo", "value")
     return value

@@ -38,7 +38,7 @@ def run_rft(context: Context) -> dict[str, Any]:
                 f"`rft.prompts_per_cycle` = {section.prompts_per_cycle}, but only {len(prompts)} distinct training "
                 "prompts are left: lower it, or give more prompts"
             )
-        scorer, _ = judges.scorer(context, section.micro_batch_tokens)
+        scorer, _ = judges.scorer(context, section.micro_batch_tokens, policy)
         sampler = NativeSampler(policy.model, pad_id=policy.pad_id)
         # A kept completion is an example of its own, as in SFT.
         layout = sampling_layout(context, policy, [t for _, t in prompts], section.max_new_tokens, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,11 @@ from accord.methods.context import (
 )
 from accord.methods.corpus import split_holdout
 from accord.methods.plan import nothing_scores
+from accord.methods.reward_models import reward_model_beside
 from accord.methods.rollouts import Prompt, RolloutModels
 from accord.models.adapters import has_adapter
 from accord.models.layout import Layout
-from accord.models.load import load_reward_model
+from accord.models.sharing import sharing_copy
 from accord.records import TokenCompletion, TokenGroup
 from accord.rewards.scorers import FunctionScorer, ModelScorer, Scorer, load_function
 from accord.rollout.native import NativeSampler
@@ -50,12 +50,12 @@ class Judges:
     gold: FunctionScorer | None
     sources: dict[str, str] = field(default_factory=dict)
 
-    def scorer(self, context: Context, budget: int) -> tuple[Scorer, Any | None]:
-        """The scorer, and the reward model behind it when it is one."""
+    def scorer(self, context: Context, budget: int, policy: LoadedPolicy) -> tuple[Scorer, Any | None]:
+        """The scorer, and the reward model behind it when it is one; it shares with the policy what it can."""
         if self.function is not None:
             return self.function, None
         assert self.reward_folder is not None
-        model, tokenizer = load_reward_model(self.reward_folder)
+        model, tokenizer = reward_model_beside(context, policy, self.reward_folder)
         return model_scorer(context, model, tokenizer, budget, self.reward_folder), model
 
 
@@ -119,9 +119,9 @@ def rollout_models(
     gold: Scorer | None,
     prompts: list[TokenGroup],
 ) -> RolloutModels:
-    """The cast of a rollout; the reference is a frozen copy of the policy as it is now, or the policy itself without
-    its adapter."""
-    reference = policy.model if has_adapter(policy.model) else copy.deepcopy(policy.model).requires_grad_(False)
+    """The cast of a rollout; the reference is a frozen copy of what the policy trains, as it is now, on what it does
+    not train; or the policy itself without its adapter."""
+    reference = policy.model if has_adapter(policy.model) else sharing_copy(policy.model).requires_grad_(False)
     return RolloutModels(
         policy=policy.model,
         reference=reference,

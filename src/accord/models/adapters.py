@@ -13,34 +13,41 @@ Left out: dropout (importance ratios compare two passes over the same tokens), a
 from __future__ import annotations
 
 import copy
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from accord.atomic import new_folder
 from accord.errors import ConfigError, TrainingError
-from accord.models.heads import average_heads, score_head
+from accord.models.heads import score_head
 
 __all__ = [
+    "CONFIG_FILE",
+    "adapter_heads",
+    "adapter_settings",
     "adapters_off",
     "add_adapter",
+    "bare_trunk",
+    "fold_adapter",
     "has_adapter",
+    "load_adapter",
     "load_trainable_state",
-    "merged",
-    "plain_state",
     "save_adapter",
-    "sharing_copy",
     "trainable_state",
 ]
 
 # `peft` takes seconds to import: it is imported where there is an adapter, not by every run.
 
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # peft's names
 _NAME = "default"  # of the adapter within the model; peft's own default
 
 
@@ -103,33 +110,26 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def merged(model: Any) -> Any:
-    """A plain copy of the model with the adapter folded in, W + (alpha / rank) B A: what is saved for others to load.
+def fold_adapter(model: Any) -> None:
+    """Folds the adapter into the weights, W + (alpha / rank) B A: the model is a plain one then, for others to load.
 
-    Its results are those of the adapted model up to the rounding of its weights. The model itself is left as it is: a
-    weight that was added to and subtracted from again would not be the reference's any more.
+    It is done in place, without a second copy: whoever shares the weights is changed too, and there is no way back to
+    the reference (a weight that was added to and subtracted from again has other bits). So it comes last. Results are
+    those of the adapted model up to the rounding of the weights.
     """
-    plain = copy.deepcopy(model)
-    for name, layer in list(_adapted(plain)):
+    for name, layer in list(_adapted(model)):
         layer.merge()
-        plain.set_submodule(name, layer.get_base_layer())
-    del plain.peft_config
-    return plain
+        model.set_submodule(name, layer.get_base_layer())
+    del model.peft_config
 
 
-def plain_state(module: nn.Module) -> dict[str, Tensor]:
-    """The `state_dict` of the module without its adapter: the frozen weights, under the names they had before."""
-    state = {name: tensor for name, tensor in module.state_dict().items() if ".lora_" not in name}
-    return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}
-
-
-def sharing_copy(model: Any) -> Any:
-    """A value model out of a reward model: a copy with a head of its own (the mean, of several) that shares all other
-    weights: for an adapter, which leaves those alone. So two models that start from one cost the memory of one."""
-    own = {id(parameter) for parameter in score_head(model).parameters()}
-    result = copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in own})
-    average_heads(result)
-    return result
+def bare_trunk(model: Any) -> nn.Module:
+    """A copy of the trunk without its adapter, if it has one: it shares what the model does not train."""
+    trunk = copy.deepcopy(model.base_model, {id(p): p for p in model.parameters() if not p.requires_grad})
+    for name, layer in list(trunk.named_modules()):
+        if hasattr(layer, "get_base_layer"):
+            trunk.set_submodule(name, layer.get_base_layer())
+    return trunk
 
 
 def save_adapter(model: Any, folder: Path, *, base: str) -> None:
@@ -149,7 +149,33 @@ def save_adapter(model: Any, folder: Path, *, base: str) -> None:
     named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
     with new_folder(folder) as partial:
         config.save_pretrained(str(partial))
-        save_file(named, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(named, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def adapter_settings(model_or_folder: Any) -> tuple[int, float, tuple[str, ...]]:
+    """(rank, alpha, names of the adapted layers) of an adapted model, or of a folder that `save_adapter` wrote."""
+    if isinstance(model_or_folder, Path):
+        config = json.loads((model_or_folder / CONFIG_FILE).read_bytes())
+        return config["r"], float(config["lora_alpha"]), tuple(sorted(config["target_modules"]))
+    config = model_or_folder.peft_config[_NAME]
+    return config.r, float(config.lora_alpha), tuple(sorted(config.target_modules))
+
+
+def adapter_heads(folder: Path) -> int:
+    """How many heads a reward model's adapter was saved with."""
+    with safe_open(folder / WEIGHTS_FILE, "pt") as tensors:
+        return tensors.get_slice("base_model.model.score.weight").get_shape()[0]
+
+
+def load_adapter(model: Any, folder: Path) -> None:
+    """Puts the adapter that `save_adapter` wrote, and its head, into a plain model of the same kind: the trunk that it
+    was trained on. The trunk's weights are frozen and stay as they are."""
+    rank, alpha, targets = adapter_settings(folder)
+    add_adapter(model, rank=rank, alpha=alpha, targets=targets, seed=0)
+    prefix, ending = "base_model.model.", re.compile(r"(\.lora_[AB])\.weight$")
+    saved = load_file(folder / WEIGHTS_FILE)
+    tensors = {ending.sub(rf"\1.{_NAME}.weight", name.removeprefix(prefix)): tensor for name, tensor in saved.items()}
+    load_trainable_state(model, tensors)
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:

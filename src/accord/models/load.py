@@ -28,9 +28,10 @@ from transformers.utils import logging as transformers_logging
 
 from accord.atomic import new_folder
 from accord.errors import ConfigError
-from accord.models.adapters import has_adapter, plain_state
+from accord.models.adapters import bare_trunk
 from accord.models.heads import average_heads, fill_head, scalar_head, score_head
 from accord.models.paths import check_model_path
+from accord.models.sharing import sharing_copy
 
 __all__ = [
     "ModelShape",
@@ -38,6 +39,7 @@ __all__ = [
     "fresh_value_model",
     "load_policy",
     "load_reward_model",
+    "load_tokenizer",
     "reward_model_from",
     "save_model",
     "unread_tensors",
@@ -123,16 +125,23 @@ def load_reward_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -
     return model, tokenizer
 
 
+def load_tokenizer(path: str | Path) -> Any:
+    """A model's tokenizer, with a padding token as in `load_policy`."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    _choose_padding(tokenizer)
+    return tokenizer
+
+
 def reward_model_from(policy: Any, seed: int, *, heads: int = 1) -> Any:
     """A reward model: a copy of the policy's trunk under fresh heads, a random start for each (see `fill_head`).
 
-    Of a policy with an adapter it is the trunk without it, which nobody trains: it is shared instead of copied.
+    What the policy does not train is shared instead of copied. Of one with an adapter it is the trunk without it.
     """
     config = copy.deepcopy(policy.config)
     config.num_labels = heads
     config.problem_type = "regression"
     config.architectures = None
-    with torch.random.fork_rng(devices=[]):
+    with torch.device("meta"):  # no memory: the trunk is the policy's
         try:
             model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
         except ValueError as error:
@@ -140,9 +149,10 @@ def reward_model_from(policy: Any, seed: int, *, heads: int = 1) -> Any:
                 f"{type(policy).__name__} has no sequence-classification kind in transformers, so no reward model can "
                 "be made from it; use another architecture (llama, qwen, mistral, gemma, phi, olmo, gpt2, ...)"
             ) from error
-    model.base_model.load_state_dict(plain_state(policy.base_model), assign=has_adapter(policy))
+    setattr(model, model.base_model_prefix, bare_trunk(policy))
+    score_head(model).to_empty(device=policy.device)
     fill_head(model, seed)
-    return model.to(policy.device).eval()
+    return model.eval()
 
 
 def fresh_value_model(policy: Any) -> Any:
@@ -158,14 +168,11 @@ def fresh_value_model(policy: Any) -> Any:
     return model
 
 
-def value_model_from(reward_model: Any) -> Any:
-    """A value model that starts as the reward model (as the mean of its heads): an independent copy, all trainable.
-
-    (One that gets an adapter need not be independent: see `sharing_copy`.)
-    """
-    model = copy.deepcopy(reward_model)
+def value_model_from(reward_model: Any, *, sharing: bool = False) -> Any:
+    """A value model that starts as the reward model (as the mean of its heads): an independent copy, all trainable; or,
+    `sharing`, one that has the reward model's own frozen parameters and trains copies of the others."""
+    model = sharing_copy(reward_model) if sharing else copy.deepcopy(reward_model).requires_grad_(True)
     average_heads(model)
-    model.requires_grad_(True)
     model.zero_grad(set_to_none=True)
     return model
 
@@ -196,9 +203,8 @@ def _load(kind: Any, path: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
     check_model_path(path)
     try:
         config = AutoConfig.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = load_tokenizer(path)
         _without_dropout(config)
-        _choose_padding(tokenizer)
         config.pad_token_id = tokenizer.pad_token_id
         model, report = kind.from_pretrained(
             path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True

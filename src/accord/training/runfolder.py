@@ -27,7 +27,7 @@ from accord.atomic import make_folder, sync, write_json, write_text
 from accord.errors import CheckpointError, TrainingError
 from accord.training.environment import environment, environment_changes
 
-__all__ = ["RunFolder", "read_summary"]
+__all__ = ["RunFolder", "read_fingerprints", "read_summary"]
 
 CONFIG = "config.yaml"
 RUN = "run.json"
@@ -148,6 +148,14 @@ def read_summary(path: Path) -> dict[str, Any] | None:
             f"{file} is damaged ({error}). Delete it: the same command then writes it again, from the last checkpoint."
         ) from error
     return summary
+
+
+def read_fingerprints(path: Path) -> dict[str, str]:
+    """What the run in `path` was made from (data and starting weights -> content hash); empty without a run there.
+
+    Raises: CheckpointError for a record that is damaged.
+    """
+    return dict(_read_run(path)["data"]) if (path / RUN).exists() else {}
 
 
 def _take_lock(path: Path) -> IO[str]:
