@@ -25,7 +25,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/accord quickstart
 
 test: $(TOOLS)
-	$(BIN)/ruff check src tests scripts
+	$(BIN)/ruff check src tests benchmarks scripts
 	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 
 # The losses against TRL's, on the same inputs; `make test` runs these too once TRL is there.
@@ -37,13 +37,13 @@ mutants: $(TOOLS)
 	$(BIN)/python scripts/mutants.py
 
 check: $(TOOLS)
-	$(BIN)/ruff check src tests scripts
-	$(BIN)/ruff format --check src tests scripts
+	$(BIN)/ruff check src tests benchmarks scripts
+	$(BIN)/ruff format --check src tests benchmarks scripts
 	$(BIN)/pyright
 
 format: $(TOOLS)
-	$(BIN)/ruff check --fix src tests scripts
-	$(BIN)/ruff format src tests scripts
+	$(BIN)/ruff check --fix src tests benchmarks scripts
+	$(BIN)/ruff format src tests benchmarks scripts
 
 docs: $(INSTALLED)
 	$(BIN)/python scripts/generate_docs.py

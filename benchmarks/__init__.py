@@ -1,0 +1,1 @@
+"""What is measured about Accord, each with a command of its own: `python -m benchmarks.NAME --help`."""
