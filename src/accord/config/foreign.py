@@ -125,6 +125,7 @@ _MODEL_AND_DATA = {
     "pretrain": "model.path",
     "model.model_path": "model.path",
     "model.peft_config": "model.adapter",
+    "model.num_layers_unfrozen": "model.trainable_blocks",
     "model.adapter.r": "rank",
     "model.adapter.lora_alpha": "alpha",
     "model.adapter.target_modules": "targets",
