@@ -15,32 +15,14 @@ from accord.config.online import (
     TokenKLFields,
 )
 from accord.config.recipe import Recipe
-from accord.config.sections import Section
+from accord.config.sections import ModelConfig, Section
 
 __all__ = ["contradictions"]
 
 
 def contradictions(recipe: Recipe) -> list[str]:
     """One sentence for each pair of keys that cannot both be meant."""
-    problems: list[str] = []
-    model = recipe.model
-    if model.path is not None and model.scratch is not None:
-        problems.append("`model.path` and `model.scratch` are both set: keep the one to start from")
-    if model.scratch is not None and model.scratch.hidden_size % model.scratch.heads:
-        problems.append(
-            f"`model.scratch.heads` = {model.scratch.heads} does not divide `model.scratch.hidden_size` = "
-            f"{model.scratch.hidden_size}"
-        )
-    if model.adapter is not None and model.trainable_blocks is not None:
-        problems.append(
-            "`model.adapter` and `model.trainable_blocks` are both set: train adapters in all blocks, or the top "
-            "blocks whole"
-        )
-    if model.scratch is not None and (model.trainable_blocks or 0) > model.scratch.layers:
-        problems.append(
-            f"`model.trainable_blocks` = {model.trainable_blocks} is more than `model.scratch.layers` = "
-            f"{model.scratch.layers}"
-        )
+    problems = _model(recipe.model)
     data = recipe.data
     if data.max_prompt_tokens is not None and data.max_prompt_tokens >= data.max_tokens:
         problems.append(
@@ -65,6 +47,28 @@ def contradictions(recipe: Recipe) -> list[str]:
         if isinstance(section, TokenKLFields):
             problems.extend(_kl(stage, section))
     return problems + _methods(recipe)
+
+
+def _model(model: ModelConfig) -> list[str]:
+    problems: list[str] = []
+    if model.path is not None and model.scratch is not None:
+        problems.append("`model.path` and `model.scratch` are both set: keep the one to start from")
+    if model.scratch is not None and model.scratch.hidden_size % model.scratch.heads:
+        problems.append(
+            f"`model.scratch.heads` = {model.scratch.heads} does not divide `model.scratch.hidden_size` = "
+            f"{model.scratch.hidden_size}"
+        )
+    if model.adapter is not None and model.trainable_blocks is not None:
+        problems.append(
+            "`model.adapter` and `model.trainable_blocks` are both set: train adapters in all blocks, or the top "
+            "blocks whole"
+        )
+    if model.scratch is not None and (model.trainable_blocks or 0) > model.scratch.layers:
+        problems.append(
+            f"`model.trainable_blocks` = {model.trainable_blocks} is more than `model.scratch.layers` = "
+            f"{model.scratch.layers}"
+        )
+    return problems
 
 
 def _methods(recipe: Recipe) -> list[str]:
