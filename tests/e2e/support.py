@@ -42,6 +42,8 @@ RECIPE: dict[str, Any] = {
         "checkpoint_every": 2,
         "eval_every": 3,
         "learning_rate": 3e-3,
+        "heads": 2,
+        "length_decorrelation": 1.0,
     },
     "ppo": {
         "prompts_per_step": 4,

@@ -113,9 +113,10 @@ def test_peft_on_top_of_the_starting_model_is_the_saved_model(stage: str, finish
 
 
 def test_peft_loads_the_reward_models_adapter_with_its_head(finished: Run) -> None:
-    """Its head was moved after training, so that scores are 0 on average: in the adapter as in the model."""
+    """Its two heads were moved after training, so that scores are 0 on average, and the length head was dropped: in the
+    adapter as in the model."""
     base, folder = finished.root / "sft" / "model", finished.root / "reward"
-    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1).eval()
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2).eval()
     saved = AutoModelForSequenceClassification.from_pretrained(folder / "model").eval()
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():

@@ -37,8 +37,8 @@ def test_the_derivative_of_the_correlation() -> None:
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -3e5])
 def test_scores_or_lengths_all_alike_have_no_correlation(value: float) -> None:
-    """In float32 the mean of equal numbers may miss them by a rounding: that is no variance."""
-    alike = torch.full((7, 1), value).requires_grad_()
+    """The mean of seven times 0.1 misses it by a rounding: that is no variance."""
+    alike = torch.full((7, 1), value, dtype=torch.float64).requires_grad_()
     varied = torch.arange(7.0)
     result = length_penalty(alike, varied, torch.arange(7))
     result.loss.backward()
@@ -58,4 +58,16 @@ def test_angle_to_the_length_head() -> None:
     assert weights.grad[0].tolist() == pytest.approx([0.064, -0.048])
     assert weights.grad[1].tolist() == [0, 0]
     assert alignment_penalty(10 * weights, double(0.1, 0)).item() == pytest.approx(0.3), "size is not the angle"
+    assert alignment_penalty(0.01 * weights, double(0.1, 0)).item() == pytest.approx(0.3)
     assert alignment_penalty(torch.zeros(2, 2), torch.zeros(2)).item() == 0
+    low = alignment_penalty(weights.bfloat16(), double(1, 0).bfloat16())
+    assert (low.dtype, low.item()) == (torch.float32, pytest.approx(0.3, rel=1e-6)), "3, 4 and 2 are exact in 16 bits"
+
+
+def test_correlations_to_be_logged_carry_no_gradient_and_shapes_must_fit() -> None:
+    scores = double(1, 2, 4).requires_grad_()
+    result = length_penalty(scores[:, None], scores, torch.tensor([1, 2, 3]))
+    assert result.loss.requires_grad and not result.quality.requires_grad and not result.length_head.requires_grad
+    for quality, length, lengths in ((3, 3, 1), (3, 1, 3), (1, 3, 3)):
+        with pytest.raises(ValueError, match="expected equal shapes"):
+            length_penalty(torch.zeros(quality, 2), torch.zeros(length), torch.zeros(lengths))

@@ -205,3 +205,19 @@ def test_a_group_drawn_twice_weighs_as_two_and_one_not_drawn_as_none() -> None:
     ids, mask = torch.tensor([[1], [2], [3], [4]]), torch.ones(4, 1, dtype=torch.bool)
     span = divergence_span_loss(scores[:, None], ids, mask, ranks, groups, weights=double(2, 0))
     assert span.loss.item() == pytest.approx(0.313262, abs=1e-6)
+
+
+def test_low_precision_scores_are_compared_in_float32() -> None:
+    """In bfloat16, which has 8 bits, 256 - 1.5 is 254 or 256: the loss -log s(-254.5) is 254.5 in float32 alone."""
+    scores, ids = torch.tensor([[1.5], [256.0]], dtype=torch.bfloat16), torch.tensor([[1], [2]])
+    result = divergence_span_loss(scores, ids, torch.ones(2, 1, dtype=torch.bool), *ONE_PAIR)
+    assert (result.loss.dtype, result.loss.item()) == (torch.float32, 254.5)
+
+
+@pytest.mark.parametrize("wrong", ["scores", "ids", "mask", "ranks", "groups"])
+def test_shapes_that_do_not_fit_are_refused(wrong: str) -> None:
+    tensors = {"scores": torch.zeros(2, 3), "ids": torch.zeros(2, 3), "mask": torch.ones(2, 3, dtype=torch.bool)}
+    tensors |= {"ranks": torch.tensor([0, 1]), "groups": torch.tensor([0, 0])}
+    tensors[wrong] = tensors[wrong][:, :1] if tensors[wrong].dim() == 2 else tensors[wrong][:1]
+    with pytest.raises(ValueError, match="expected equal shapes"):
+        divergence_span_loss(*tensors.values())

@@ -15,8 +15,6 @@ from accord.losses.masked import full_precision, require_same_shape
 
 __all__ = ["LengthPenalty", "alignment_penalty", "correlation", "length_penalty"]
 
-_CONSTANT = 1e-12  # a variance below this share of the mean square is rounding: the values are all alike
-
 
 @dataclass(frozen=True, slots=True)
 class LengthPenalty:
@@ -45,8 +43,8 @@ def length_penalty(quality_scores: Tensor, length_scores: Tensor, lengths: Tenso
     Tested by: tests/golden/test_golden_length.py, tests/property/test_losses_reward.py
     """
     require_same_shape(quality=quality_scores[:, 0], length_scores=length_scores, lengths=lengths)
-    quality = correlation(quality_scores, lengths[:, None])
-    length_head = correlation(length_scores[:, None], lengths[:, None])[0]
+    quality = correlation(quality_scores, lengths)
+    length_head = correlation(length_scores[:, None], lengths)[0]
     return LengthPenalty(quality.abs().mean() - length_head, quality.detach(), length_head.detach())
 
 
@@ -66,11 +64,12 @@ def alignment_penalty(quality_weights: Tensor, length_weight: Tensor) -> Tensor:
 
 
 def correlation(x: Tensor, y: Tensor) -> Tensor:
-    """(K,) Pearson's r of each column of x (C, K) with y (C, 1), differentiable; 0 where a side is constant."""
-    x, y = x.double(), y.double()
+    """(K,) Pearson's r of each column of x (C, K) with y (C,), differentiable; 0 where a side is constant."""
+    x, y = x.double(), y.double()[:, None]
+    # Asked of the values themselves: the variance of equal numbers can miss 0 by a rounding.
+    varies = (x.amax(0) > x.amin(0)) & (y.amax(0) > y.amin(0))
     x_centred, y_centred = x - x.mean(0), y - y.mean(0)
     x_spread, y_spread = x_centred.square().sum(0), y_centred.square().sum(0)
-    varies = (x_spread > _CONSTANT * x.square().sum(0)) & (y_spread > _CONSTANT * y.square().sum(0))
     return _over_root((x_centred * y_centred).sum(0), x_spread * y_spread, varies)
 
 

@@ -175,17 +175,13 @@ def divergence_span_loss(
         raise ValueError("a completion without tokens has no score to compare")
     better, worse = _pairs(ranks, group_index)
     scores = full_precision(token_scores).gather(1, _carried_places(mask))
-    differs = (mask[better] != mask[worse]) | (mask[better] & mask[worse] & (ids[better] != ids[worse]))
+    differs = (mask[better] != mask[worse]) | (ids[better] != ids[worse])
     span = (differs.cumsum(1) > 0) & (mask[better] | mask[worse])
     differing = span.any(1)
     better, worse, span = better[differing], worse[differing], span[differing]
-    pair_group, size = group_index[better], _num_groups(group_index)
-    gap = scores[better] - scores[worse]
-    zeros = gap.new_zeros(size)
-    margins = zeros if margins is None else full_precision(margins)
-    soft_labels = zeros + 1 if soft_labels is None else full_precision(soft_labels)
-    weights = zeros + 1 if weights is None else full_precision(weights)
-    require_same_shape(groups=zeros, margins=margins, soft_labels=soft_labels, weights=weights)
+    gap, pair_group = scores[better] - scores[worse], group_index[better]
+    zeros = gap.new_zeros(_num_groups(group_index))
+    margins, soft_labels, weights = _of_groups(zeros, margins, soft_labels, weights)
     num_pairs = zeros.index_add(0, pair_group, torch.ones_like(gap[:, 0]))
     has_pairs = num_pairs > 0
 
@@ -220,6 +216,17 @@ def _num_groups(group_index: Tensor) -> int:
     return int(group_index.max()) + 1 if len(group_index) else 0
 
 
+def _of_groups(
+    zeros: Tensor, margins: Tensor | None, soft_labels: Tensor | None, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is given of each group, or 0, 1 and 1; all as `zeros` (G,). Raises ValueError on other shapes."""
+    margins = zeros if margins is None else full_precision(margins)
+    soft_labels = zeros + 1 if soft_labels is None else full_precision(soft_labels)
+    weights = zeros + 1 if weights is None else full_precision(weights)
+    require_same_shape(groups=zeros, margins=margins, soft_labels=soft_labels, weights=weights)
+    return margins, soft_labels, weights
+
+
 def _cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     """Of sigmoid(logits) against P(the first is better), nats."""
     return -(label * logsigmoid(logits) + (1 - label) * logsigmoid(-logits))
@@ -239,10 +246,7 @@ def _bradley_terry(
     """The loss of P pairs: better, worse (P,) scores and pair_group (P,) in 0..size-1; the rest (size,)."""
     difference = full_precision(better) - full_precision(worse)
     zeros = difference.new_zeros(size)
-    margins = zeros if margins is None else full_precision(margins)
-    soft_labels = zeros + 1 if soft_labels is None else full_precision(soft_labels)
-    weights = zeros + 1 if weights is None else full_precision(weights)
-    require_same_shape(groups=zeros, margins=margins, soft_labels=soft_labels, weights=weights)
+    margins, soft_labels, weights = _of_groups(zeros, margins, soft_labels, weights)
     num_pairs = zeros.index_add(0, pair_group, torch.ones_like(difference))
     has_pairs = num_pairs > 0
 
@@ -283,8 +287,7 @@ def centring_penalty(
     require_same_shape(scores=scores, group_index=group_index)
     scores = full_precision(scores)
     zeros = scores.new_zeros(_num_groups(group_index))
-    weights = zeros + 1 if weights is None else full_precision(weights)
-    require_same_shape(groups=zeros, weights=weights)
+    _, _, weights = _of_groups(zeros, None, None, weights)
     sizes = zeros.index_add(0, group_index, torch.ones_like(scores))
     means = zeros.index_add(0, group_index, scores) / sizes.clamp_min(1)
     return masked_mean(weights * (2 * means).square(), sizes > 0, num_groups)
