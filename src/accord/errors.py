@@ -6,7 +6,16 @@ escapes is a bug in Accord and keeps its traceback.
 
 from __future__ import annotations
 
-__all__ = ["AccordError", "CheckpointError", "ConfigError", "DataError", "RewardError", "Terminated", "TrainingError"]
+__all__ = [
+    "AccordError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "GuardAlert",
+    "RewardError",
+    "Terminated",
+    "TrainingError",
+]
 
 
 class AccordError(Exception):
@@ -43,6 +52,12 @@ class TrainingError(AccordError):
     """Training cannot go on (for example: the loss is not finite several steps in a row)."""
 
     exit_code = 1
+
+
+class GuardAlert(AccordError):
+    """A guard paused the run and the state was saved. Names the guard, and how to go on."""
+
+    exit_code = 3
 
 
 class Terminated(AccordError):

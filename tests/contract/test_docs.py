@@ -144,7 +144,7 @@ def test_keys_metrics_and_files_named_in_the_docs_exist(page: Path) -> None:
     for section, name in re.findall(rf"`({'|'.join(SECTIONS)})\.(\w+)\b(?!\()", text):
         model = section_in(Recipe.model_fields[section].annotation)
         path_in_a_row = section == "data" and page.name == "data-formats.md"
-        assert model and (name in {*model.model_fields, "py"} or path_in_a_row), f"{page}: {section}.{name}"
+        assert model and (name in {*model.model_fields, "py", "jsonl"} or path_in_a_row), f"{page}: {section}.{name}"
     for name in re.findall(rf"`((?:{'|'.join(GROUPS)})/[\w/]+)`", text):
         assert name in METRICS or (ROOT / "src/accord" / name).exists(), f"{page}: {name}"
     for name in re.findall(r"`([\w/]+/\w+\.py)(?:::\w+)?`", text):

@@ -15,6 +15,7 @@ ROOT = Path(accord.__file__).parent
 LAYERS = (
     ("errors", "records", "atomic", "randomness", "metrics", "measures"),
     ("config",),
+    ("guards",),
     ("losses",),
     ("data", "models"),
     ("rollout", "rewards"),
@@ -31,6 +32,7 @@ LEAVES = {
     "report": {"errors", "records", "metrics", "measures", "config", "atomic"},
     "losses": set(),
     "measures": {"records", "errors", "randomness"},
+    "guards": {"config"},
 }
 # Simulators and reports stand beside the order; these layers, and all above them, may use them.
 MAY_USE = {"report": "methods", "tasks": "evaluation"}

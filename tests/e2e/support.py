@@ -98,6 +98,7 @@ def outcome(stage: Path) -> dict[str, Any]:
             {name: value for name, value in row.items() if not name.startswith(("time/", "system/"))} for row in metrics
         ],
         "samples": (stage / "samples.jsonl").read_text(),
+        "guards": (stage / "guards.jsonl").read_text(),
         "headline": json.loads((stage / "summary.json").read_text())["headline"],
     }
 

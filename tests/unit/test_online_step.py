@@ -393,7 +393,8 @@ OWN_OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # Read by the stage, by the training loop, or with no say in the result.
 ELSEWHERE = {
-    "init", "reward_model", "reward_function", "gold_function", "checkpoint_every", "keep_checkpoints", "samples_every",
+    "init", "reward_model", "holdout_reward_model", "reward_function", "gold_function", "checkpoint_every",
+    "keep_checkpoints", "samples_every",
     "episodes", "micro_batch_tokens", "max_failed_fraction",
 }  # fmt: skip
 

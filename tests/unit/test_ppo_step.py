@@ -39,7 +39,7 @@ from online_support import measured as steps
 STEPS = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cast(RolloutModels):
     """The models of a rollout, and PPO's value model."""
 

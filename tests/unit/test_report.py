@@ -365,6 +365,16 @@ def test_numbers_of_several_models_make_a_table(pages: dict[str, str]) -> None:
     ]
 
 
+def test_guards_are_told_the_worst_first_with_what_to_do(tmp_path: Path) -> None:
+    quiet = {"title": "entropy", "worst": "OK", "step": 3, "at_end": "OK", "seen": "fine", "advice": ""}
+    alarmed = {"title": "length", "worst": "ALERT", "step": 9, "at_end": "WARN", "seen": "twice <b>", "advice": "Read."}
+    page = stage_report(write_run(tmp_path, summary={"stage": "ppo", "guards": [quiet, alarmed]})).read_text()
+    table = page[page.index("what was seen, and what to do") :]
+    assert table.index("length") < table.index("entropy")
+    assert all(text in table for text in ("step 9", "WARN", "twice &lt;b&gt;", "Read."))
+    assert "step 3" not in table
+
+
 def test_samples_run_from_the_first_steps_to_the_last(pages: dict[str, str]) -> None:
     """Of 64 prompts, 4 of which came back, the page shows the first 4 with both answers and the last 8 with one."""
     samples = pages["ppo"].partition("<h2>Samples</h2>")[2]

@@ -331,7 +331,7 @@ def test_the_names_of_new_folders_and_logs_are_made_durable(tmp_path: Path, sync
         assert synced[:2] == [tmp_path.name, "runs"]
         synced.clear()
         run.truncate_after(0)
-        assert synced == ["metrics.jsonl", "samples.jsonl", "demo"]
+        assert synced == ["metrics.jsonl", "samples.jsonl", "guards.jsonl", "demo"]
 
 
 def test_a_finished_run_has_its_summary_and_synced_its_logs_first(tmp_path: Path, synced: list[str]) -> None:
@@ -341,8 +341,8 @@ def test_a_finished_run_has_its_summary_and_synced_its_logs_first(tmp_path: Path
         synced.clear()
         run.finish({"win_rate": 0.7})
         assert run.finished == {"win_rate": 0.7}
-    assert synced[:2] == ["metrics.jsonl", "samples.jsonl"]
-    assert synced[2].startswith(".summary.json.tmp-")
+    assert synced[:3] == ["metrics.jsonl", "samples.jsonl", "guards.jsonl"]
+    assert synced[3].startswith(".summary.json.tmp-")
     with open_run(tmp_path) as run:
         assert run.finished == {"win_rate": 0.7}
 

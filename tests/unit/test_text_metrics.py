@@ -8,7 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accord.measures.text import distinct_n, num_words, repetition, rouge, rouge_l, rouge_n, words
+from accord.measures.text import (
+    distinct_n,
+    duplicate_fraction,
+    num_words,
+    repetition,
+    rouge,
+    rouge_l,
+    rouge_n,
+    self_similarity,
+    word_shares,
+    words,
+)
 
 quick = settings(max_examples=50, derandomize=True, deadline=None)
 sentences = st.lists(st.sampled_from("a b c d".split()), max_size=7).map(" ".join)
@@ -92,3 +103,19 @@ def test_repetition_within_an_answer() -> None:
     assert repetition("all of these words are different") == 0.0
     assert repetition("too short") == 0.0
     assert repetition("no no no no", n=1) == 0.75
+
+
+def test_a_duplicate_is_an_answer_that_another_prompt_got_too() -> None:
+    assert duplicate_fraction([["Yes!", "no"], ["yes", "maybe"], ["so", "so"]]) == pytest.approx(2 / 6)
+    assert duplicate_fraction([]) == 0.0
+
+
+def test_likeness_is_the_mean_over_neighbours_and_then_over_prompts() -> None:
+    """a b c and a b d share one of two 2-grams each: F1 = 1/2. Equal answers count 1 even without a 2-gram."""
+    assert self_similarity([["a b c", "a b d"], ["yes", "yes"]]) == pytest.approx((0.5 + 1) / 2)
+    assert self_similarity([["a b c", "a b d", "x y"]]) == pytest.approx(0.25)
+    assert self_similarity([["only one"], []]) is None
+
+
+def test_a_word_counts_once_a_text() -> None:
+    assert word_shares(["Well, well", "well then", "no"]) == {"well": 2 / 3, "then": 1 / 3, "no": 1 / 3}

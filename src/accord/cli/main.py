@@ -27,7 +27,8 @@ first steps:
   accord run recipe.yaml                     SFT, reward model, PPO, evaluation; run again to continue
   accord ppo recipe.yaml --set ppo.kl_coef=0.1
 
-exit codes: 0 done; 1 the program failed; 2 the input is wrong (the message says what to mend); 143 stopped after saving
+exit codes: 0 done; 1 the program failed; 2 the input is wrong (the message says what to mend); 3 a guard paused the
+run after saving; 143 stopped after saving
 """
 
 

@@ -1,5 +1,6 @@
 """Configuration: what a recipe may say, how it is read, and which contradictions are refused. Torch-free."""
 
+from accord.config.guards import GuardName, GuardsConfig
 from accord.config.load import load_recipe, recipe_from
 from accord.config.offline import (
     MARGIN_FREE,
@@ -47,6 +48,8 @@ __all__ = [
     "EndpointConfig",
     "EvaluateConfig",
     "GRPOConfig",
+    "GuardName",
+    "GuardsConfig",
     "ILQLConfig",
     "JudgeConfig",
     "KTOConfig",

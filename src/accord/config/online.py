@@ -53,6 +53,9 @@ class RolloutFields(SamplingFields, OptimiserFields):
     warmup_fraction: float = Field(0.0, ge=0, le=1, description="Share of the steps during which the rates rise.")
     adam_epsilon: float = Field(1e-5, gt=0, description="AdamW's epsilon.")
     checkpoint_every: int = Field(5, ge=1, description="Rollout steps between checkpoints.")
+    holdout_reward_model: str | None = Field(
+        None, description="Reward model folder that is logged beside the reward and never trained on, for the guards."
+    )
     episodes: int = Field(10_000, ge=1, description="Completions sampled in all; rounded up to whole rollout steps.")
     prompts_per_step: int = Field(32, ge=1, description="Prompts per rollout step.")
     samples_per_prompt: int = Field(4, ge=1, description="Completions sampled for each prompt.")

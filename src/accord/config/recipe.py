@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from accord.config.guards import GuardsConfig
 from accord.config.offline import DPOConfig, ILQLConfig, KTOConfig, ORPOConfig, RewardConfig, SFTConfig
 from accord.config.online import (
     BestOfNConfig,
@@ -76,6 +77,9 @@ class Recipe(Section):
     online_dpo: OnlineDPOConfig | None = Field(None, description="DPO on the policy's own answers.")
     rft: RFTConfig | None = Field(None, description="Rejection-sampling fine-tuning.")
     bestofn: BestOfNConfig | None = Field(None, description="Best-of-n sampling.")
+    guards: GuardsConfig = Field(
+        default_factory=lambda: GuardsConfig.model_validate({}), description="Alarms while a stage trains."
+    )
     evaluate: EvaluateConfig | None = Field(None, description="Evaluation.")
 
     @property

@@ -11,8 +11,22 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-__all__ = ["Rouge", "distinct_n", "novelty", "num_words", "repetition", "rouge", "rouge_l", "rouge_n", "words"]
+__all__ = [
+    "Rouge",
+    "distinct_n",
+    "duplicate_fraction",
+    "novelty",
+    "num_words",
+    "repetition",
+    "rouge",
+    "rouge_l",
+    "rouge_n",
+    "self_similarity",
+    "word_shares",
+    "words",
+]
 
 # Kana, Chinese characters with their extensions and compatibility forms.
 _SPACELESS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -87,6 +101,39 @@ def novelty(text: str, others: Iterable[str], n: int = 2) -> float:
     ours = set(_ngrams(words(text), n))
     theirs = {gram for other in others for gram in _ngrams(words(other), n)}
     return len(ours - theirs) / len(ours) if ours else 0.0
+
+
+def duplicate_fraction(answers: Sequence[Sequence[str]]) -> float:
+    """Share of answers that some OTHER prompt got too, word for word; `answers` holds one list a prompt. 0 without any.
+
+    Saying one thing twice to one prompt is no duplicate here: that is what `self_similarity` sees.
+    Tested by: tests/unit/test_text_metrics.py
+    """
+    told = [{" ".join(words(text)) for text in group} for group in answers]
+    prompts_told = Counter(text for group in told for text in group)
+    flat = [" ".join(words(text)) for group in answers for text in group]
+    return sum(prompts_told[text] > 1 for text in flat) / len(flat) if flat else 0.0
+
+
+def self_similarity(answers: Sequence[Sequence[str]]) -> float | None:
+    """How alike the answers to one prompt are, in [0, 1]: mean ROUGE-2 F1 of neighbouring answers, equal ones counting
+    1, averaged over prompts with at least two; None where there is no such prompt.
+
+    It stands in for self-BLEU, whose cost grows with the square of the answers to a prompt.
+    Tested by: tests/unit/test_text_metrics.py
+    """
+    means = [
+        sum(1.0 if a == b else rouge_n(a, b, 2) for a, b in pairwise(group)) / (len(group) - 1)
+        for group in answers
+        if len(group) > 1
+    ]
+    return sum(means) / len(means) if means else None
+
+
+def word_shares(texts: Sequence[str]) -> dict[str, float]:
+    """The share of texts that hold each word. Tested by: tests/unit/test_text_metrics.py"""
+    counts = Counter(word for text in texts for word in set(words(text)))
+    return {word: count / len(texts) for word, count in counts.items()}
 
 
 def _ngrams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:

@@ -128,7 +128,7 @@ def run_bestofn(context: Context) -> dict[str, Any]:
         drawing = Drawing(NativeSampler(policy.model, pad_id=policy.pad_id), policy.template, scorer, judges.gold)
         sampling = BestOfNSampling(drawing, prompts, section, run.path / "chunks", context.seed)
         context.say(f"{len(prompts)} prompts x {section.n} answers, in {sampling.total_steps} chunks")
-        run_training(sampling, run, context.console)
+        run_training(sampling, run, context.console, context.recipe.guards)
         chunks = [sampling.chunk(step) for step in range(1, sampling.total_steps + 1)]
         judged = _judged(chunks, [group for group, _ in prompts], section.missing_eos_penalty)
         best = write_best(run.path / "best.jsonl", judged)

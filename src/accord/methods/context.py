@@ -18,6 +18,7 @@ from accord.config import Recipe
 from accord.data.templates import Template
 from accord.data.tokenise import tokenise_groups
 from accord.errors import CheckpointError, ConfigError
+from accord.guards import guard_account, guard_ending, read_guard_log
 from accord.methods.catalogue import STAGES
 from accord.methods.corpus import Corpus, Part
 from accord.models.adapters import add_adapter, fold_adapter, has_adapter, save_adapter
@@ -148,7 +149,13 @@ def run_stage(
     context.console.print(f"\n[bold]{stage}[/]  {folder}", highlight=False)
     if context.recipe.threads is not None:
         torch.set_num_threads(context.recipe.threads)
-    resolved = {"stage": stage, "seed": context.seed, "model": _model_settings(context, stage), **settings}
+    resolved = {
+        "stage": stage,
+        "seed": context.seed,
+        "model": _model_settings(context, stage),
+        **settings,
+        "guards": context.recipe.guards.model_dump(mode="json"),
+    }
     started = time.monotonic()
     with RunFolder.open(folder, resolved_config=resolved, fingerprints=sources) as run:
         summary = run.finished
@@ -157,7 +164,7 @@ def run_stage(
         else:
             for note in run.notes:
                 context.say(note)
-            summary = {"stage": stage, **body(run)}
+            summary = _with_guards(folder, {"stage": stage, **body(run)})
             summary["seconds"] = time.monotonic() - started
             summary["peak_memory_mb"] = peak_memory_mb()
             if (folder / "model").is_dir():
@@ -167,6 +174,23 @@ def run_stage(
     if not (folder / "report.html").exists():
         stage_report(folder)
     return summary
+
+
+def _with_guards(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary with what the guards of the stage said, if it had any, and a warning for each that was at ALERT."""
+    log = read_guard_log(folder)
+    table, ending = guard_account(log), guard_ending(log)
+    if not table:
+        return summary
+    account = summary.get("account", [])
+    if ending is not None and ending not in account:
+        account = [ending, *account]
+    alerts = [
+        f"Guard {row['guard']} ({row['title']}) was at ALERT from step {row['step']}: {row['seen']}. {row['advice']}"
+        for row in table
+        if row["worst"] == "ALERT"
+    ]
+    return {**summary, "account": account, "guards": table, "warnings": [*summary.get("warnings", ()), *alerts]}
 
 
 def _model_settings(context: Context, stage: str) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def run_ilql(context: Context) -> dict[str, Any]:
             f"{_num_answers(items)} answers to {len(items)} prompts, {_num_answers(tests)} held out, "
             f"{trainer.total_steps} steps of {section.batch_size}"
         )
-        run_training(trainer, run, context.console)
+        run_training(trainer, run, context.console, context.recipe.guards)
         summary = _summary(section, items, scale, trainer.total_steps, held_out_now() if tests else None)
         summary["account"] += data_note(part)
         policy.save(run.path / "model", model_card(context.recipe, "ilql", start, sources, summary))

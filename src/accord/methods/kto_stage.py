@@ -86,7 +86,7 @@ def run_kto(context: Context) -> dict[str, Any]:
             layout=layout, pad_id=policy.pad_id, seed=context.seed, evaluate=measure, memory=memory,
         )  # fmt: skip
         context.say(f"{len(items)} answers, {len(tests)} held out, {trainer.total_steps} steps of {section.batch_size}")
-        run_training(trainer, run, context.console)
+        run_training(trainer, run, context.console, context.recipe.guards)
         summary = _summary(section, items, trainer.total_steps, tests, objective, logprobs)
         summary["account"] += data_note(part)
         policy.save(run.path / "model", model_card(context.recipe, "kto", start, sources, summary))

@@ -16,7 +16,7 @@ from accord.losses.advantages import token_rewards
 from accord.losses.kl import kl_k2_loss, kl_k3_loss
 from accord.losses.masked import masked_mean, sequence_logprobs
 from accord.losses.ppo import sampler_weights
-from accord.measures.text import distinct_n, repetition
+from accord.measures.text import distinct_n, duplicate_fraction, repetition, self_similarity
 from accord.methods.judging import Failure, score_metrics, token_rewards_of
 from accord.methods.offline import group_passes
 from accord.methods.rollouts import Rollout, RolloutModels
@@ -211,6 +211,7 @@ def rollout_metrics(rollout: Rollout, kl: Tensor, rewards: Tensor) -> dict[str, 
         "rollout/truncated_fraction": float((~rollout.finished).float().mean()),
         "rollout/repetition": sum(repetition(text) for text in texts) / len(texts),
         "rollout/distinct_2": distinct_n(texts, 2),
+        **_gaming_metrics(rollout, lengths),
     }
     metrics |= {f"rollout/{name}_term/mean": float(term.mean()) for name, term in rollout.shaped.terms.items()}
     metrics |= score_metrics(rollout.verdicts)
@@ -218,6 +219,23 @@ def rollout_metrics(rollout: Rollout, kl: Tensor, rewards: Tensor) -> dict[str, 
         metrics["rollout/gold_utility/mean"] = float(rollout.gold.mean())
         metrics["rollout/gold_utility/std"] = float(rollout.gold.std(unbiased=False))
     return metrics
+
+
+def _gaming_metrics(rollout: Rollout, lengths: Tensor) -> dict[str, float]:
+    """What the guards watch besides: stock answers, a reward that pays for length, scores at their ceiling."""
+    texts = iter(request.completion for request in rollout.requests)
+    answers = [[next(texts) for _ in group.completions] for group in rollout.groups]
+    top = rollout.scores == rollout.scores.max()
+    metrics = {
+        "rollout/duplicate_fraction": duplicate_fraction(answers),
+        "rollout/ceiling_fraction": float(top.float().mean()),
+    }
+    likeness = self_similarity(answers)
+    if likeness is not None:
+        metrics["rollout/self_similarity"] = likeness
+    if len(lengths) > 1 and float(lengths.std()) > 0 and float(rollout.scores.std()) > 0:
+        metrics["rollout/length_correlation"] = float(torch.corrcoef(torch.stack([lengths, rollout.scores]))[0, 1])
+    return {**metrics, **rollout.watched}
 
 
 def step_outcome(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -15,8 +15,9 @@ from accord.methods.judging import ReferenceScores
 from accord.methods.online_account import Online, online_summary
 from accord.methods.online_trainer import Learner, OnlineTrainer
 from accord.methods.plan import check_prompts, with_reference_answers
-from accord.methods.roles import judges_of, rollout_models, starting_model, step_prompts
-from accord.methods.rollouts import Prompt, RolloutModels
+from accord.methods.roles import holdout_of, judges_of, rollout_models, starting_model, step_prompts
+from accord.methods.rollouts import Prompt, RolloutModels, first_answers
+from accord.methods.watch import MAX_ANSWERS, watch_answers
 from accord.training.loop import Trainer, run_training
 from accord.training.runfolder import RunFolder
 
@@ -97,12 +98,16 @@ def run_rollout_stage(
         models = rollout_models(context, section, policy, scorer, judges.gold, [t for _, t in prompts])
         if answers is not None:
             models.rewards.references = ReferenceScores(scorer, answers)
+        # Before anything is restored the policy is the one training started from.
+        asked = prompts[: min(MAX_ANSWERS, 2 * section.prompts_per_step * section.samples_per_prompt)]
+        first = first_answers(models, asked, section, (f"{stage}-watch", context.seed))
+        models = replace(models, watch=watch_answers(first, scorer, reward_model, holdout_of(context, section)))
         trainer = trainer_of(Cast(policy, models, prompts, reward_model))
         context.say(
             f"{len(prompts)} prompts, {trainer.total_steps} rollouts of {section.prompts_per_step} prompts x "
             f"{section.samples_per_prompt} samples, {section.update_epochs} x {section.minibatches} updates each"
         )
-        ended = run_training(trainer, run, context.console)
+        ended = run_training(trainer, run, context.console, context.recipe.guards)
         summary = online_summary(run, trainer, section, scorer.name, ended)
         summary["account"] += data_note(part)
         policy.save(run.path / "model", model_card(context.recipe, stage, start, all_sources, summary))

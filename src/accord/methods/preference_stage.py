@@ -113,7 +113,7 @@ def _run(context: Context, plan: _Plan) -> dict[str, Any]:
             f"{len(items)} comparisons with {_num_pairs(items)} pairs, {len(tests)} held out, "
             f"{trainer.total_steps} steps of {section.batch_size}"
         )
-        run_training(trainer, run, context.console)
+        run_training(trainer, run, context.console, context.recipe.guards)
         summary = _summary(plan, items, trainer.total_steps, tests, before, logprobs(test_tokens))
         summary["account"] += data_note(part)
         policy.save(run.path / "model", model_card(context.recipe, stage, start, sources, summary))

@@ -166,7 +166,7 @@ def run_reward(context: Context) -> dict[str, Any]:
         context.say(
             f"{len(items)} comparisons, {len(tests)} held out, {trainer.total_steps} steps of {section.batch_size}"
         )
-        run_training(trainer, run, context.console)
+        run_training(trainer, run, context.console, context.recipe.guards)
         keep_heads(model, section.heads)
         shift = _normalise(context, model, policy, references, items, section.micro_batch_tokens)
         summary = _summary(len(items), trainer.total_steps, measure(), shift, section)

@@ -50,7 +50,7 @@ def run_rft(context: Context) -> dict[str, Any]:
             f"{len(prompts)} prompts, {section.cycles} cycles of {trainer.prompts_per_cycle} prompts x "
             f"{section.samples_per_prompt} samples, {section.improve_steps} improvement steps each"
         )
-        run_training(trainer, run, context.console)
+        run_training(trainer, run, context.console, context.recipe.guards)
         summary = _summary(run, section, trainer, scorer.name)
         summary["account"] += data_note(part)
         policy.save(run.path / "model", model_card(context.recipe, "rft", start, sources, summary))

@@ -21,6 +21,7 @@ from accord.methods.corpus import split_holdout
 from accord.methods.plan import nothing_scores
 from accord.methods.reward_models import reward_model_beside
 from accord.methods.rollouts import Prompt, RolloutModels
+from accord.methods.watch import Holdout
 from accord.models.adapters import has_adapter
 from accord.models.layout import Layout
 from accord.models.sharing import sharing_copy
@@ -31,6 +32,7 @@ from accord.rollout.native import NativeSampler
 __all__ = [
     "Judges",
     "function_scorer",
+    "holdout_of",
     "judges_of",
     "model_scorer",
     "rollout_models",
@@ -63,12 +65,14 @@ def judges_of(context: Context, stage: str, section: SamplingFields) -> Judges:
     """Who judges in this stage. Raises ConfigError when nothing does."""
     function = function_scorer(context, f"{stage}.reward_function", section.reward_function)
     gold = function_scorer(context, f"{stage}.gold_function", section.gold_function)
+    second = getattr(section, "holdout_reward_model", None)
+    holdout = {} if second is None else {"hold-out reward weights": "".join(weights_hash(second).values())}
     if function is not None:
-        return Judges(function, None, gold, {"reward function": function.fingerprint})
+        return Judges(function, None, gold, {"reward function": function.fingerprint} | holdout)
     folder = section.reward_model or stage_model(context, "reward")
     if folder is None:
         raise nothing_scores(stage)
-    return Judges(None, folder, gold, {"reward weights": "".join(weights_hash(folder).values())})
+    return Judges(None, folder, gold, {"reward weights": "".join(weights_hash(folder).values())} | holdout)
 
 
 def starting_model(context: Context, init: str | None) -> Path | str:
@@ -82,6 +86,15 @@ def function_scorer(context: Context, key: str, spec: str | None) -> FunctionSco
     if given is not None:
         return FunctionScorer(given, getattr(given, "__name__", "the given function"))
     return None if spec is None else FunctionScorer(load_function(spec, key), spec)
+
+
+def holdout_of(context: Context, section: RolloutFields) -> Holdout | None:
+    """The reward model that is only measured with; None when the section names none."""
+    folder = section.holdout_reward_model
+    if folder is None:
+        return None
+    model, tokenizer = load_reward_model(folder)
+    return Holdout(model_scorer(context, model, tokenizer, section.micro_batch_tokens, folder), model)
 
 
 def model_scorer(context: Context, model: Any, tokenizer: Any, budget: int, folder: Path | str) -> ModelScorer:

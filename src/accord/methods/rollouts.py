@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
@@ -16,6 +16,7 @@ from accord.data.templates import Template
 from accord.errors import RewardError
 from accord.methods.judging import Failure, RewardState, Verdicts, judge
 from accord.methods.offline import group_passes
+from accord.methods.watch import Watch, heard
 from accord.models.adapters import adapters_off
 from accord.models.layout import CompletionBatch, Layout, collate
 from accord.models.token_scores import score_tokens
@@ -25,7 +26,7 @@ from accord.rewards.shaping import Samples, Shaped
 from accord.rollout.native import PromptTokens, Sampler
 from accord.rollout.sampling import Sampling
 
-__all__ = ["Prompt", "Rollout", "RolloutModels", "collect", "padded", "per_token"]
+__all__ = ["Prompt", "Rollout", "RolloutModels", "collect", "first_answers", "padded", "per_token"]
 
 Prompt = tuple[Group, TokenGroup]
 
@@ -42,6 +43,7 @@ class Rollout:
     mask          (C, T) bool, True = a token the policy wrote; what others wrote in between is False
     old_logprobs, ref_logprobs  (C, T) nats, 0 where the mask is False
     sampler_logprobs  (C, T) nats, of the distribution that was sampled from, as the sampler gives them
+    watched       metrics of what the answers are beside those before training; see `accord.methods.watch`
     """
 
     groups: tuple[TokenGroup, ...]
@@ -56,6 +58,7 @@ class Rollout:
     ref_logprobs: Tensor
     generate_seconds: float
     score_seconds: float
+    watched: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def scores(self) -> Tensor:
@@ -91,6 +94,7 @@ class RolloutModels:
     gold: Scorer | None
     layout: Layout
     rewards: RewardState = field(default_factory=RewardState, kw_only=True)
+    watch: Watch | None = field(default=None, kw_only=True)
 
 
 def collect(
@@ -98,15 +102,14 @@ def collect(
 ) -> Rollout:
     """Sample, score, and run the reference once over everything that was scored."""
     started = time.monotonic()
-    sampling = Sampling(section.max_new_tokens, section.temperature, stop_ids=models.template.stop_ids)
-    requests_for = [PromptTokens(tokens.prompt_ids, tokens.prompt_id) for _, tokens in prompts]
-    sampled = models.sampler.generate(requests_for, section.samples_per_prompt, sampling, key)
+    sampled = _sampled(models, prompts, section, section.samples_per_prompt, key)
     generated = time.monotonic()
     asked = [
         tuple(_request(models, group, tokens, sample) for sample in samples)
         for (group, tokens), samples in zip(prompts, sampled, strict=True)
     ]
-    verdicts = judge(models.scorer, asked, models.rewards.references, section.max_failed_fraction)
+    with heard(None if models.watch is None else models.watch.head) as states:
+        verdicts = judge(models.scorer, asked, models.rewards.references, section.max_failed_fraction)
     kept, rows = _kept(asked, verdicts)
     groups = tuple(_with_samples(prompts[p][1], sampled[p]) for p in kept)
     requests = tuple(request for p in kept for request in asked[p])
@@ -134,6 +137,7 @@ def collect(
         sampler_logprobs=sampled_logprobs,
         ref_logprobs=ref_logprobs,
         generate_seconds=generated - started,
+        watched={} if models.watch is None else models.watch.metrics(requests, states),
         score_seconds=time.monotonic() - generated,
     )
 
@@ -185,6 +189,22 @@ def _shaped(
         [verdicts.references[row] for row in rows],
     )
     return state.shape(torch.tensor([verdicts.scores[row].value for row in rows]), samples, section)
+
+
+def first_answers(
+    models: RolloutModels, prompts: Sequence[Prompt], section: RolloutFields, key: tuple[int | str, ...]
+) -> tuple[ScoreRequest, ...]:
+    """One answer of the policy as it is to each prompt, for a watch."""
+    sampled = _sampled(models, prompts, section, 1, key)
+    return tuple(_request(models, *prompt, sample) for prompt, (sample,) in zip(prompts, sampled, strict=True))
+
+
+def _sampled(
+    models: RolloutModels, prompts: Sequence[Prompt], section: RolloutFields, n: int, key: tuple[int | str, ...]
+) -> list[tuple[SampledCompletion, ...]]:
+    sampling = Sampling(section.max_new_tokens, section.temperature, stop_ids=models.template.stop_ids)
+    asked = [PromptTokens(tokens.prompt_ids, tokens.prompt_id) for _, tokens in prompts]
+    return models.sampler.generate(asked, n, sampling, key)
 
 
 def per_token(

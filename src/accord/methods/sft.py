@@ -111,7 +111,7 @@ def run_sft(context: Context) -> dict[str, Any]:
         context.say(
             f"{len(items)} demonstrations, {len(tests)} held out, {trainer.total_steps} steps of {section.batch_size}"
         )
-        run_training(trainer, run, context.console)
+        run_training(trainer, run, context.console, context.recipe.guards)
         summary = _summary(policy, section, items, tests, layout, trainer.total_steps)
         if probe is not None:
             written = probe.measure()

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from accord.metrics import METRICS
 from accord.report.html import Html, element, number, quantity
-from accord.report.reading import Answer, Estimate, Exchange
+from accord.report.reading import Answer, Estimate, Exchange, GuardRow
 
-__all__ = ["account", "exchanges", "key_figures", "key_value_table", "label", "warnings"]
+__all__ = ["account", "exchanges", "guard_table", "key_figures", "key_value_table", "label", "warnings"]
 
 
 def label(item: Estimate) -> str:
@@ -22,6 +22,27 @@ def key_figures(estimates: Sequence[Estimate]) -> list[Html]:
     compared = [item for item in estimates if item.source]
     parts = [element("div", *tiles, class_="tiles")] if tiles else []
     return [*parts, _model_table(compared)] if compared else parts
+
+
+def guard_table(guards: Sequence[GuardRow]) -> Html | None:
+    """One row a guard, the worst first: level, when, what was seen, what to do."""
+    if not guards:
+        return None
+    order = {"ALERT": 0, "WARN": 1}
+    rows = [
+        element(
+            "tr",
+            element("th", guard.title, scope="row"),
+            element("td", element("strong", guard.worst) if guard.worst in order else guard.worst),
+            element("td", f"step {guard.step}" if guard.worst in order else ""),
+            element("td", guard.at_end),
+            element("td", guard.seen, element("small", guard.advice) if guard.advice else None),
+        )
+        for guard in sorted(guards, key=lambda guard: order.get(guard.worst, 2))
+    ]
+    names = ("guard", "worst", "reached", "at the end", "what was seen, and what to do")
+    head = element("tr", *(element("th", name, scope="col") for name in names))
+    return element("div", element("table", head, *rows), class_="card scroll")
 
 
 def _tile(item: Estimate) -> Html:

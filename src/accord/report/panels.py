@@ -28,6 +28,7 @@ PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Score from the reward model", ("rollout/score/mean", "eval/score/mean")),
     ("Score of what is kept", ("rollout/kept_score/mean",)),
     ("What is kept", ("rollout/kept_fraction", "rollout/kept_distinct_fraction")),
+    ("Score of the hold-out judge", ("rollout/holdout_score/mean",)),
     ("Gold utility", ("rollout/gold_utility/mean", "eval/gold_utility/mean")),
     ("Distance from the reference", ("rollout/kl_per_sequence_nats", "eval/kl_per_sequence_nats")),
     ("Length", ("rollout/completion_tokens/mean", "eval/completion_tokens/mean")),
@@ -40,6 +41,9 @@ PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Log-probability of the answers", ("train/desirable_logprob/mean", "train/undesirable_logprob/mean")),
     ("How samples end", ("rollout/finished_fraction", "rollout/truncated_fraction")),
     ("Variety", ("rollout/distinct_2", "rollout/repetition")),
+    ("Alike, stock and fashionable", ("rollout/self_similarity", "rollout/duplicate_fraction", "rollout/word_rise")),
+    ("Answers unknown to the reward model", ("rollout/outlier_fraction",)),
+    ("Score and length", ("rollout/length_correlation",)),
     ("Entropy", ("train/entropy_nats", "rollout/entropy_nats")),
     ("Value model", ("train/explained_variance",)),
     ("Size of the updates", ("train/approx_kl",)),
@@ -49,7 +53,7 @@ PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Where the time goes", ("time/generate_seconds", "time/score_seconds", "time/update_seconds")),
 )
 
-OVERVIEW_PANELS = PANELS[1:6]
+OVERVIEW_PANELS = PANELS[1:7]
 
 _BETTER = {"up": " Higher is better.", "down": " Lower is better.", "neutral": ""}
 _MOST_POINTS = 160  # per line; more cannot be told apart at this width and make the file large

@@ -18,7 +18,7 @@ from accord.metrics import METRICS
 from accord.report.html import number
 from accord.report.svg import Draw, Series
 
-__all__ = ["Answer", "Curve", "Estimate", "Exchange", "Points", "Run", "Sample", "read_run"]
+__all__ = ["Answer", "Curve", "Estimate", "Exchange", "GuardRow", "Points", "Run", "Sample", "read_run"]
 
 Points = tuple[
     tuple[float, float], ...
@@ -82,6 +82,19 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True)
+class GuardRow:
+    """What a guard said: its worst level and the step at which it was first reached, the level at the end, what was
+    seen when it was at its worst, and what to do about it."""
+
+    title: str
+    worst: str
+    step: int
+    at_end: str
+    seen: str
+    advice: str
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """All a report knows about one run folder. `finished` = it has a summary."""
 
@@ -96,6 +109,7 @@ class Run:
     calibration: tuple[tuple[float, float, int], ...]
     side_by_side: tuple[Exchange, ...]
     curves: tuple[Curve, ...]
+    guards: tuple[GuardRow, ...]
     metrics: Mapping[str, Points]
     samples: tuple[Sample, ...]
     config: str
@@ -128,6 +142,7 @@ def read_run(folder: Path) -> Run:
             ),
             side_by_side=tuple(_exchange(item) for item in summary.get("side_by_side", ())),
             curves=tuple(_curve(item) for item in summary.get("curves", ())),
+            guards=tuple(_guard(item) for item in summary.get("guards", ())),
             metrics=_metrics(metric_rows),
             samples=tuple(_sample(row) for row in sample_rows),
             config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
@@ -230,6 +245,12 @@ def _curve(item: dict[str, Any]) -> Curve:
         y_label=item["y_label"],
         note=item.get("note", ""),
         series=tuple(_series(colour, one) for colour, one in enumerate(item["series"])),
+    )
+
+
+def _guard(item: dict[str, Any]) -> GuardRow:
+    return GuardRow(
+        item["title"], item["worst"], int(item["step"]), item["at_end"], item.get("seen", ""), item.get("advice", "")
     )
 
 

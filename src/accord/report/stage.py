@@ -21,6 +21,8 @@ What it reads. Every file and every key marked * may be missing; what is missing
                         model is that the answer with the higher score is preferred, in [0.5, 1], and how often it is
         curves*         [{title, x_label, y_label, note*, series: [{label, x, y, low*, high*, labels*, draw*}]}]; draw
                         is "line", "points" or "labelled" (points with their labels printed)
+        guards*         [{title, worst, step, at_end, seen*, advice*}], what each alarm said: OK, WARN or ALERT, and
+                        the step at which the worst was first reached
         side_by_side*   [{prompt, answers: {who: text}, scores*: {who: number}, gold*: {who: number}}]; gold is the
                         true utility, where a simulator knows it
 """
@@ -30,7 +32,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from accord.atomic import write_text
-from accord.report.blocks import account, exchanges, key_figures, key_value_table, warnings
+from accord.report.blocks import account, exchanges, guard_table, key_figures, key_value_table, warnings
 from accord.report.html import Html, duration, element, number, page, section
 from accord.report.panels import (
     calibration_figure,
@@ -125,6 +127,7 @@ def stage_report(run_folder: Path) -> Path:
     parts = [
         ("Headline numbers", list(key_figures(run.headline))),
         ("What happened", [account(run.account)] if run.account else []),
+        ("Guards", [guard_table(run.guards)]),
         ("Comparisons", [comparison_figure(run.comparisons)]),
         ("Curves", _curves(run)),
         ("Samples", list(exchanges((*run.side_by_side, *_over_time(run.samples))))),

@@ -29,7 +29,7 @@ from torch import Tensor
 from accord.atomic import make_folder, sync, write_text
 from accord.errors import AccordError, ConfigError, TrainingError
 
-__all__ = ["Loaded", "Snapshot", "load_latest", "save_checkpoint"]
+__all__ = ["Loaded", "Snapshot", "load_before", "load_latest", "save_checkpoint"]
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -102,6 +102,21 @@ def load_latest(folder: Path) -> Loaded:
         aside = _set_aside(path)
         notes.append(f"checkpoint {path} is damaged ({damage}); it was set aside as {aside.name}")
     return Loaded(None, tuple(notes))
+
+
+def load_before(folder: Path, step: int, *, every: int) -> Snapshot | None:
+    """The newest good checkpoint of a step before `step` that is a multiple of `every`; if there is none, the oldest
+    good one; None without any.
+
+    Only multiples count, so that a run that was interrupted and saved in between goes back to the same step.
+    """
+    good = [path for path in _committed(folder) if _damage(path) is None] if folder.is_dir() else []
+    snapshots = [_read(path) for path in good[:1]]
+    for path in good:
+        number = int(path.name.rpartition("-")[2])
+        if number < step and number % every == 0:
+            snapshots = [_read(path)]
+    return snapshots[0] if snapshots else None
 
 
 def _commit(final: Path, snapshot: Snapshot, state: str) -> None:

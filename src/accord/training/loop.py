@@ -17,14 +17,17 @@ from rich.console import Console
 from torch import Tensor
 
 from accord import metrics
-from accord.errors import Terminated
-from accord.training.checkpoint import Snapshot, load_latest, save_checkpoint
+from accord.config import GuardsConfig
+from accord.errors import GuardAlert, Terminated
+from accord.training.checkpoint import Snapshot, load_before, load_latest, save_checkpoint
 from accord.training.progress import StageProgress
 from accord.training.runfolder import RunFolder
 from accord.training.signals import GracefulStop
+from accord.training.watchman import Alarm, Watchman
 
 __all__ = ["Captured", "Ended", "StepOutcome", "Trainer", "run_training"]
 
+GUARDS = "loop.guards"  # beside the trainer's values in a checkpoint: what the guards remember
 ENDING = "loop.ending"  # beside the trainer's values in a checkpoint: why no step follows it
 
 
@@ -76,17 +79,21 @@ class Trainer(Protocol):
     def restore(self, captured: Captured) -> None: ...
 
 
-def run_training(trainer: Trainer, run: RunFolder, console: Console) -> Ended:
+def run_training(trainer: Trainer, run: RunFolder, console: Console, guards: GuardsConfig | None = None) -> Ended:
     """Run `trainer` from its newest good checkpoint, or from the start, to its last step or to one that ends it early.
 
-    Raises: Terminated after saving when SIGTERM or SIGINT arrived.
+    With `guards` every step's metrics are watched. A guard that stops the stage takes it back to a checkpoint from
+    before the alarm; nothing is saved then, because the steps since the last checkpoint lead to the same alarm again.
+
+    Raises: Terminated after saving when SIGTERM or SIGINT arrived; GuardAlert after saving when a guard pauses.
     """
-    done, early = _resume(trainer, run, console)
+    watch = Watchman(guards, run, console)
+    done, early = _resume(trainer, run, console, watch)
     with (
         GracefulStop() as stop,
         StageProgress(console, trainer.stage, trainer.total_steps, done) as progress,
     ):
-        while done < trainer.total_steps and early is None:
+        while done < trainer.total_steps and early is None and watch.pausing is None:
             step = done + 1
             started, cpu_started = time.monotonic(), time.process_time()
             outcome = trainer.step(step)
@@ -94,13 +101,17 @@ def run_training(trainer: Trainer, run: RunFolder, console: Console) -> Ended:
                 "time/step_seconds": time.monotonic() - started,
                 "time/step_cpu_seconds": time.process_time() - cpu_started,
             }
-            _record(run, step, outcome, clocks)
+            watch.observe(step, _record(run, step, outcome, clocks))
+            if watch.stopping is not None:
+                done, early = step, _go_back(trainer, run, step, watch.stopping)
+                watch.ended(step, early)
+                break
             early = outcome.ending
-            last = step == trainer.total_steps or early is not None
+            last = step == trainer.total_steps or early is not None or watch.pausing is not None
             # Read once: a signal between the two uses would claim a save that did not happen.
             stopping = stop.requested is not None
             if step % trainer.checkpoint_every == 0 or last or stopping:
-                _save(trainer, run, step, early)
+                _save(trainer, run, step, early, watch)
             progress.advance(outcome.status)
             done = step
             if stopping:
@@ -112,10 +123,26 @@ def run_training(trainer: Trainer, run: RunFolder, console: Console) -> Ended:
             "the state is saved: run the same command again to continue",
             exit_code=128 + stop.requested,
         )
+    if watch.pausing is not None and done < trainer.total_steps and early is None:
+        raise GuardAlert(watch.pausing.request(f"{trainer.stage} step {done} of {trainer.total_steps}"))
     return Ended(done, early)
 
 
-def _resume(trainer: Trainer, run: RunFolder, console: Console) -> tuple[int, str | None]:
+def _go_back(trainer: Trainer, run: RunFolder, step: int, alarm: Alarm) -> str:
+    """Restore the newest state from before the alarm began; returns why training ended, and with which weights."""
+    snapshot = load_before(run.checkpoints, alarm.begun, every=trainer.checkpoint_every)
+    if snapshot is None:
+        return f"{alarm.text}; there is no earlier checkpoint, so the weights are those of step {step}"
+    _restore(trainer, snapshot)
+    return f"{alarm.text}; the weights are those of step {snapshot.step}"
+
+
+def _restore(trainer: Trainer, snapshot: Snapshot) -> None:
+    own = {name: value for name, value in snapshot.values.items() if name not in (ENDING, GUARDS)}
+    trainer.restore(Captured(snapshot.tensors, own))
+
+
+def _resume(trainer: Trainer, run: RunFolder, console: Console, watch: Watchman) -> tuple[int, str | None]:
     """Steps done, and why no step follows them, None if one may."""
     loaded = load_latest(run.checkpoints)
     for note in loaded.notes:
@@ -124,25 +151,29 @@ def _resume(trainer: Trainer, run: RunFolder, console: Console) -> tuple[int, st
         run.truncate_after(0)
         return 0, None
     snapshot = loaded.snapshot
-    early = snapshot.values.pop(ENDING, None)
-    trainer.restore(Captured(snapshot.tensors, snapshot.values))
+    _restore(trainer, snapshot)
+    watch.restore(snapshot.values.get(GUARDS))
     run.truncate_after(snapshot.step)
     console.print(f"  continuing {trainer.stage} after step {snapshot.step} of {trainer.total_steps}", highlight=False)
-    return snapshot.step, early
+    return snapshot.step, snapshot.values.get(ENDING)
 
 
-def _record(run: RunFolder, step: int, outcome: StepOutcome, clocks: Mapping[str, float]) -> None:
+def _record(run: RunFolder, step: int, outcome: StepOutcome, clocks: Mapping[str, float]) -> dict[str, float]:
+    """Log a step; returns its finite metrics."""
     row = {**outcome.metrics, **clocks}
     for name in row:
         metrics.check(name)
     # NaN is no JSON number: a metric without a value this step is left out of the line.
-    run.append_metrics(step, {name: value for name, value in row.items() if math.isfinite(value)})
+    finite = {name: value for name, value in row.items() if math.isfinite(value)}
+    run.append_metrics(step, finite)
     if outcome.samples:
         run.append_samples(step, outcome.samples)
+    return finite
 
 
-def _save(trainer: Trainer, run: RunFolder, step: int, early: str | None) -> None:
+def _save(trainer: Trainer, run: RunFolder, step: int, early: str | None, watch: Watchman) -> None:
     captured = trainer.capture()
-    values = captured.values if early is None else {**captured.values, ENDING: early}
+    loop = {GUARDS: watch.state(), ENDING: early}
+    values = captured.values | {name: value for name, value in loop.items() if value is not None}
     run.sync()
     save_checkpoint(run.checkpoints, Snapshot(step, captured.tensors, values), keep=trainer.keep_checkpoints)

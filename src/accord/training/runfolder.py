@@ -4,6 +4,7 @@ config.yaml    the resolved configuration, to be read by people
 run.json       configuration, seed, data fingerprints, and every start with its time, command and environment
 metrics.jsonl  one line a step
 samples.jsonl  completions over time
+guards.jsonl   what the guards said, a line each time one changed its level
 summary.json   written last: the run is finished
 .lock          held while a process works here
 """
@@ -25,6 +26,7 @@ import yaml
 
 from accord.atomic import make_folder, sync, write_json, write_text
 from accord.errors import CheckpointError, TrainingError
+from accord.guards import GUARD_LOG
 from accord.training.environment import environment, environment_changes
 
 __all__ = ["RunFolder", "read_fingerprints", "read_summary"]
@@ -36,8 +38,8 @@ SAMPLES = "samples.jsonl"
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
-# Where a run is kept does not make it another run.
-NOT_IDENTITY = frozenset({"out"})
+# Where a run is kept, and who watches it, does not make it another run.
+NOT_IDENTITY = frozenset({"out", "guards"})
 DIFFERENCES_SHOWN = 10
 
 
@@ -97,7 +99,7 @@ class RunFolder:
 
         `step` is that of the checkpoint training continues from, 0 when it starts from scratch. Opens the logs.
         """
-        for name in (METRICS, SAMPLES):
+        for name in (METRICS, SAMPLES, GUARD_LOG):
             # Unbuffered: a line is with the system when `append` returns, and a full disk shows there, not on closing.
             file = self._logs[name] = open(self.path / name, "ab", buffering=0)
             file.truncate(_length_up_to(self.path / name, step))
@@ -111,6 +113,10 @@ class RunFolder:
     def append_samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
         """One line for each sample: `step` and whatever JSON values describe it."""
         self._append(SAMPLES, [{"step": step, **sample} for sample in samples])
+
+    def append_verdicts(self, verdicts: Iterable[Mapping[str, Any]]) -> None:
+        """One line for each verdict of a guard, with its `step`."""
+        self._append(GUARD_LOG, [dict(verdict) for verdict in verdicts])
 
     def sync(self) -> None:
         """Make the logs durable. Call before saving a checkpoint: a log may be ahead of it, never behind."""

@@ -1,0 +1,82 @@
+"""The guards' section: what is watched while a stage trains, from where it is alarming, and what an alarm does."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from accord.config.sections import Section
+
+__all__ = ["GuardName", "GuardsConfig"]
+
+GuardName = Literal[
+    "kl",
+    "length",
+    "word",
+    "repetition",
+    "diversity",
+    "entropy",
+    "duplicates",
+    "ceiling",
+    "disagreement",
+    "outliers",
+    "holdout",
+    "likelihood",
+    "overfit",
+]
+
+
+class GuardsConfig(Section):
+    """Alarms over what a stage logs: each guard says OK, WARN or ALERT. Of two numbers the first is WARN's limit."""
+
+    on_alert: Literal["log", "pause", "stop"] = Field(
+        "log",
+        description="What an ALERT does: `log` says it and trains on; `pause` saves and ends with exit code 3, to be "
+        "continued with `acknowledge`; `stop` ends the stage with the weights from before the alarm began.",
+    )
+    off: tuple[GuardName, ...] = Field((), description="Guards that do not watch.")
+    acknowledge: tuple[GuardName, ...] = Field(
+        (), description="Guards whose ALERT you have looked into: they go on watching, and no longer pause or stop."
+    )
+    baseline: int = Field(3, ge=1, description="Evaluations at the beginning whose mean is the baseline.")
+    window: int = Field(3, ge=1, description="Latest evaluations whose mean is compared with it.")
+    patience: int = Field(2, ge=1, description="Evaluations in a row before a guard changes its level.")
+    kl_nats: tuple[float, float] = Field((20.0, 40.0), description="WARN and ALERT above this KL per answer, in nats.")
+    length_ratio: tuple[float, float] = Field(
+        (1.5, 2.0), description="Answers this many times longer, or shorter, than at the beginning."
+    )
+    word_rise: tuple[float, float] = Field(
+        (0.4, 0.6), description="A word in this much larger a share of the answers than before training."
+    )
+    repetition_rise: tuple[float, float] = Field(
+        (0.05, 0.1),
+        description="Rise of the share of repeated 3-grams in an answer; of truncated answers, three times as much.",
+    )
+    diversity_loss: tuple[float, float] = Field(
+        (0.3, 0.4), description="Share of the variety lost: distinct 2-grams, and how little a prompt's samples agree."
+    )
+    entropy_loss: tuple[float, float] = Field((0.6, 0.75), description="Share of the policy's entropy lost.")
+    duplicate_rise: tuple[float, float] = Field(
+        (0.1, 0.2), description="Rise of the share of answers that another prompt got too, word for word."
+    )
+    ceiling: tuple[float, float] = Field((0.6, 0.8), description="Share of the scores at the highest one, or clipped.")
+    disagreement_ratio: tuple[float, float] = Field(
+        (1.5, 2.0), description="Spread of the reward ensemble, this many times that of the beginning."
+    )
+    outlier_rise: tuple[float, float] = Field(
+        (0.05, 0.15),
+        description="Rise of the share of answers that the reward model sees as unlike those before training.",
+    )
+    holdout_drop: tuple[float, float] = Field(
+        (2.0, 3.0),
+        description="Standard errors by which a judge that is not trained on has fallen from its best, "
+        "while the score has risen.",
+    )
+    likelihood_loss: tuple[float, float] = Field(
+        (0.25, 0.5), description="Share of its log-probability at the beginning that the preferred answer has lost."
+    )
+    overfit: tuple[float, float] = Field(
+        (0.05, 0.15),
+        description="Rise of the held-out loss above its lowest, as a share of it, while the training loss falls.",
+    )
