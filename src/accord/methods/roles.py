@@ -24,6 +24,7 @@ from accord.methods.rollouts import Prompt, RolloutModels
 from accord.methods.watch import Holdout
 from accord.models.adapters import has_adapter
 from accord.models.layout import Layout
+from accord.models.load import load_reward_model
 from accord.models.sharing import sharing_copy
 from accord.records import TokenCompletion, TokenGroup
 from accord.rewards.scorers import FunctionScorer, ModelScorer, Scorer, load_function
