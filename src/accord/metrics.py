@@ -90,6 +90,8 @@ _DECLARED = (
            "How far the value model is from the returns. It may rise while the policy finds higher rewards."),
     Metric("train/kl_loss", "", "update mean", "down", "sum of token weight * k3 (or k2) of log(policy / reference)",
            "The KL in the loss (`kl_in`) before kl_coef, weighted as the tokens of the policy loss are."),
+    Metric("train/ptx_loss", "nats per token", "token mean", "down", "-mean log p over the mixed-in demonstrations",
+           "What the policy still knows of the demonstrations (`ppo.ptx_coef`), before its weight."),
     Metric("train/entropy_nats", "nats per token", "token mean", "neutral", "-sum_v p(v) log p(v)",
            "How undecided the policy is. A slow fall is learning; a fall towards 0 is collapse."),
     Metric("train/clip_fraction", "fraction", "token mean", "neutral",

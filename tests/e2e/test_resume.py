@@ -104,6 +104,45 @@ def test_a_stage_with_adapters_continues_to_the_same_bits(stage: str, reference:
     )
 
 
+EVERYTHING_ON = [
+    f"ppo.{setting}"
+    for setting in (
+        "ptx_coef=0.5", "ptx_batch_size=3", "value_warmup=1", "update_kl_stop=0.05", "kl_estimator=k2", "kl_in=loss",
+        "sampler_correction=truncated", "kl_budget=1.5",
+    )
+]  # fmt: skip
+
+
+def test_ppo_with_all_that_keeps_what_the_model_knew_continues_to_the_same_bits_and_ends_early(
+    reference: Reference, tmp_path: Path
+) -> None:
+    """Demonstrations are mixed in, updates stop early, and at last the budget of KL ends the stage."""
+    options = [word for setting in EVERYTHING_ON for word in ("--set", setting)]
+    whole = reference.before("ppo", tmp_path / "whole")
+    code, output, seconds = reference.run("ppo", whole, *options)
+    assert code == 0, output
+    expected = outcome(whole / "ppo")
+    rows, total = expected["metrics"], 9
+    print([(r["step"], r.get("train/updates"), r["rollout/kl_per_sequence_nats"], r.get("train/ptx_loss")) for r in rows])
+    said = " ".join(output.split())
+    assert f"Training stopped at step {len(rows)} of {total}: KL" in said
+    assert 3 < len(rows) < total and "train/updates" not in rows[-1]
+    assert "train/ptx_loss" not in rows[0] and all(row["train/ptx_loss"] > 0 for row in rows[1:-1])
+    assert any(row["train/updates"] < 4 for row in rows[1:-1])
+    survives_kills(
+        "ppo with everything on",
+        3,
+        seconds=seconds,
+        start=lambda folder: reference.before("ppo", tmp_path / f"run{folder}"),
+        run=lambda root, moment: reference.run("ppo", root, *options, after=moment),
+        left=lambda root: outcome(root / "ppo"),
+        expected=expected,
+    )
+    code, output, _ = reference.run("ppo", whole, *options)
+    assert code == 0 and "already finished" in output
+    assert outcome(whole / "ppo") == expected
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_sigterm_saves_and_exits_143_and_the_run_continues_from_there(
     stage: str, reference: Reference, tmp_path: Path

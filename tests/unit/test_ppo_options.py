@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
@@ -14,15 +15,22 @@ import torch
 from rich.console import Console
 
 from accord.config import PPOConfig, recipe_from
-from accord.errors import ConfigError
+from accord.data.order import batch_indices
+from accord.errors import ConfigError, DataError
+from accord.methods.corpus import Corpus, Part
 from accord.methods.online_stage import LEARNERS
 from accord.methods.online_trainer import OnlineTrainer
+from accord.methods.plan import check_sizes
 from accord.methods.ppo import PPOTrainer
+from accord.methods.ptx import Imitation
 from accord.models.load import reward_model_from
+from accord.records import Completion, Group, Message, TokenCompletion, TokenGroup
+from accord.rewards.scorers import FunctionScorer
 from accord.training.loop import run_training
+from accord.training.optim import Optimiser
 from accord.training.runfolder import RunFolder
-from models_support import tiny_model
-from online_support import OffsetSampler, equal, measured, prompts, rollout_cast, weights
+from models_support import EOS_ID, PAD_ID, tiny_model
+from online_support import OffsetSampler, equal, measured, prompts, rollout_cast, unpadded, weights
 
 
 def section(**changes: Any) -> PPOConfig:
@@ -33,14 +41,21 @@ def section(**changes: Any) -> PPOConfig:
     return PPOConfig(**(fields | changes))
 
 
+DEMONSTRATIONS = [
+    TokenGroup((5 + i, 6), (TokenCompletion((7, 8 + i, 9, EOS_ID)[:n], (True, i % 2 == 0, True, True)[:n]),))
+    for i, n in enumerate((2, 3, 4, 2, 3, 4, 2))
+]  # fmt: skip
+
+
 class Made:
     """A trainer, with the models it trains."""
 
-    def __init__(self, config: PPOConfig, off: float = 0.0) -> None:
+    def __init__(self, config: PPOConfig, off: float = 0.0, **changes: Any) -> None:
         cast = rollout_cast()
-        self.models = replace(cast, sampler=OffsetSampler(cast.sampler, off))
+        self.models = replace(cast, sampler=OffsetSampler(cast.sampler, off), **changes)
         self.value = reward_model_from(tiny_model("gpt2", dtype=torch.float64, seed=3), 4)
-        self.trainer = PPOTrainer(self.models, self.value, prompts(), config, 0)
+        imitation = Imitation(DEMONSTRATIONS, config, pad_id=PAD_ID, seed=0) if config.ptx_coef else None
+        self.trainer = PPOTrainer(self.models, self.value, prompts(), config, 0, imitation)
 
     def steps(self, *numbers: int) -> list[dict[str, float]]:
         return measured(self.trainer, numbers)
@@ -155,6 +170,153 @@ def test_values_move_freely_without_a_clip_range() -> None:
     assert equal(free.weights()[1], wide.weights()[1]) and not equal(free.weights()[1], clipped.weights()[1])
 
 
+# --- demonstrations mixed in -----------------------------------------------------------------------------------------
+
+
+def imitation_loss(model: Any, items: list[TokenGroup]) -> Any:
+    """Minus the mean log-probability of the counted tokens, from one unpadded row at a time."""
+    counted = []
+    for item in items:
+        [completion] = item.completions
+        logits = model(**unpadded(item.prompt_ids + completion.ids)).logits[0, len(item.prompt_ids) - 1 : -1]
+        logprobs = logits.log_softmax(-1)[range(len(completion.ids)), completion.ids]
+        counted.append(logprobs[list(completion.mask)])
+    return -torch.cat(counted).mean()
+
+
+def imitation_gradient(model: Any, items: list[TokenGroup], weight: float) -> dict[str, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    (weight * imitation_loss(model, items)).backward()
+    gradient = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return gradient
+
+
+def batch(number: int, size: int) -> list[TokenGroup]:
+    return [DEMONSTRATIONS[i] for i in batch_indices(number, len(DEMONSTRATIONS), size, 0, "ppo", "ptx")]
+
+
+@pytest.mark.parametrize("budget", [16, 10_000])
+def test_the_gradient_of_a_batch_of_demonstrations_is_that_of_its_mean_loss(budget: int) -> None:
+    config = section(ptx_coef=2.5, ptx_batch_size=5, micro_batch_tokens=budget)
+    model = rollout_cast().policy
+    expected = imitation_gradient(model, batch(3, 5), 2.5)
+    sums = Imitation(DEMONSTRATIONS, config, pad_id=PAD_ID, seed=0).accumulate(model, 3)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-6, atol=1e-9)
+    assert sums["ptx_tokens"] == sum(sum(item.completions[0].mask) for item in batch(3, 5))
+
+
+def test_with_nothing_else_to_learn_an_update_is_one_of_sft_on_that_batch() -> None:
+    """No reward, no price on KL, values 0: the policy's gradients are those of the updates' batches alone."""
+    nothing = FunctionScorer(lambda prompt, completion: 0.0, "nothing")
+    config = section(
+        ptx_coef=3.0, ptx_batch_size=3, kl_coef=0.0, missing_eos_penalty=0.0, update_epochs=1, minibatches=2
+    )
+    made = Made(config, scorer=nothing)
+    with torch.no_grad():
+        made.value.score.weight.zero_()
+    model = copy.deepcopy(made.models.policy)
+    optimiser = Optimiser(model, config)
+    norms, losses, tokens = [], 0.0, 0
+    for number in (3, 4):  # step 2 of two updates each
+        gradient = imitation_gradient(model, batch(number, 3), 3.0)
+        counted = sum(sum(item.completions[0].mask) for item in batch(number, 3))
+        for name, parameter in model.named_parameters():
+            parameter.grad = gradient[name]
+        losses += counted * float(imitation_loss(model, batch(number, 3)).detach())
+        tokens += counted
+        norms.append(optimiser.update(config.learning_rate).grad_norm)
+    [row] = made.steps(2)
+    assert row["train/policy_loss"] == 0
+    assert row["train/grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-6)
+    assert row["train/ptx_loss"] == pytest.approx(losses / tokens, rel=1e-6)
+    for name, value in weights(made.models.policy).items():
+        torch.testing.assert_close(value, weights(model)[name], rtol=0, atol=1e-6)
+
+
+def test_mixing_adds_the_gradients_of_both() -> None:
+    """One update: with and without demonstrations, the difference is the batch's gradient, clipping aside."""
+    one = {"minibatches": 1, "update_epochs": 1, "max_grad_norm": 1e9}
+    without, mixed = Made(section(**one)), Made(section(ptx_coef=2.0, ptx_batch_size=4, **one))
+    extra = imitation_gradient(without.models.policy, batch(1, 4), 2.0)
+    plain, both = gradients_of(without), gradients_of(mixed)
+    for name, gradient in both.items():
+        torch.testing.assert_close(gradient, plain[name] + extra[name], rtol=1e-5, atol=1e-7)
+    assert equal(without.weights()[1], mixed.weights()[1])
+
+
+def gradients_of(made: Made) -> dict[str, torch.Tensor]:
+    """The policy's gradients as its optimiser finds them in the first update."""
+    seen: dict[str, torch.Tensor] = {}
+    optimiser = made.trainer._actor._optimiser
+    update = optimiser.update
+
+    def watched(rate: float) -> Any:
+        seen.update({name: p.grad.clone() for name, p in made.models.policy.named_parameters()})
+        return update(rate)
+
+    optimiser.update = watched  # type: ignore[method-assign]
+    made.steps(1)
+    return seen
+
+
+def test_every_demonstration_is_mixed_in_equally_often_in_an_order_that_changes() -> None:
+    seen = [batch(number, 3) for number in range(1, 7)]  # 7 demonstrations: batches of 3, 3 and 1
+    passes = [[item.prompt_ids for b in seen[i : i + 3] for item in b] for i in (0, 3)]
+    assert sorted(passes[0]) == sorted(passes[1]) == [item.prompt_ids for item in DEMONSTRATIONS]
+    assert passes[0] != passes[1]
+
+
+def test_imitation_at_weight_0_would_not_change_a_bit() -> None:
+    made, mixed = Made(section()), Made(section())
+    mixed.trainer._imitation = Imitation(DEMONSTRATIONS, section(), pad_id=PAD_ID, seed=0)
+    made.steps(1, 2)
+    assert mixed.steps(1, 2)[0]["train/ptx_loss"] > 0
+    assert equal(made.weights()[0], mixed.weights()[0]) and equal(made.weights()[1], mixed.weights()[1])
+
+
+def test_with_everything_on_a_captured_trainer_goes_on_as_the_old_one() -> None:
+    config = section(
+        ptx_coef=0.5, ptx_batch_size=3, value_warmup=1, update_kl_stop=0.02, kl_estimator="k2", kl_in="loss",
+        sampler_correction="truncated", kl_controller="adaptive", target_kl=0.5, kl_horizon=40, kl_budget=1e6,
+    )  # fmt: skip
+    old, new = Made(config, off=0.01), Made(config, off=0.01)
+    old.steps(1, 2)
+    captured = copy.deepcopy(old.trainer.capture())
+    rows = old.steps(3, 4)
+    assert {row["train/kl_coef"] for row in rows} != {0.1}
+    new.trainer.restore(captured)
+    assert new.steps(3, 4) == rows
+    assert equal(old.weights()[0], new.weights()[0]) and equal(old.weights()[1], new.weights()[1])
+
+
+def test_without_demonstrations_it_is_refused_before_training() -> None:
+    recipe = recipe_from({"ppo": {"ptx_coef": 1.0, "prompts_per_step": 2, "minibatches": 1}, "data": {"holdout": 0}})
+    asked = Part.of([Group((Message("user", text),)) for text in "abc"], "prompts")
+    with pytest.raises(DataError, match=r"`ppo\.ptx_coef` mixes demonstrations .* set `data\.ptx`, `data\.sft`"):
+        check_sizes(recipe, Corpus(prompts=asked), ["ppo"])
+    said = Group((Message("user", "a"),), (Completion((Message("assistant", "b"),)),))
+    for corpus in (
+        Corpus(prompts=asked, ptx=Part.of([said], "text")),
+        Corpus(prompts=asked, sft=Part.of([said], "demos")),
+    ):
+        check_sizes(recipe, corpus, ["ppo"])
+    held_out = recipe_from(
+        {"ppo": {"ptx_coef": 1.0, "prompts_per_step": 1, "minibatches": 1}, "data": {"holdout": 0.999}}
+    )
+    many = Part.of([Group((Message("user", str(i)),)) for i in range(3000)], "prompts")
+    with pytest.raises(DataError, match="no demonstration to imitate: 1 are held out"):
+        check_sizes(held_out, Corpus(prompts=many, ptx=Part.of([said], "text")), ["ppo"])
+
+
+def test_what_is_mixed_in_is_data_ptx_before_the_demonstrations() -> None:
+    one, two = (Group((Message("user", t),), (Completion((Message("assistant", t),)),)) for t in "ab")
+    corpus = Corpus(sft=Part.of([one], "demos"), ptx=Part.of([two], "text"))
+    assert corpus.imitated().groups == (two,) and list(corpus.imitated().sources) == ["text"]
+    assert Corpus(sft=Part.of([one], "demos")).imitated().groups == (one,)
+
+
 # --- a sampler that is not the trainer --------------------------------------------------------------------------------
 
 
@@ -193,6 +355,7 @@ def test_tokens_of_a_sampler_weigh_what_the_trainer_would_have_drawn_them(kl_in:
             {"sampler_correction": "truncated", "old_logprobs": "sampler"},
             ["`ppo.sampler_correction` = truncated", "set `ppo.old_logprobs` = recompute"],
         ),
+        ({"ptx_batch_size": 8}, ["`ppo.ptx_batch_size` is read only with `ppo.ptx_coef`"]),
         ({"sampler_correction_cap": 3}, ["`ppo.sampler_correction_cap` is read only by"]),
         ({"kl_in": "loss"}, ["`ppo.kl_estimator` = k1 with `ppo.kl_in` = loss", "zero in expectation", "Take k2"]),
         ({"kl_estimator": "k2"}, ["`ppo.kl_estimator` = k2 with `ppo.kl_in` = reward", "biased"]),
@@ -212,6 +375,12 @@ def test_a_contradiction_is_refused_with_the_reason(changes: dict[str, Any], par
 def test_grpo_refuses_the_same_mixtures(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"`grpo\.kl_estimator` = k\d with `grpo\.kl_in`"):
         recipe_from({"grpo": changes})
+
+
+def test_text_to_imitate_that_nothing_reads_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"`data\.ptx` is read only with `ppo\.ptx_coef`"):
+        recipe_from({"data": {"ptx": "text.jsonl"}, "ppo": {}})
+    recipe_from({"data": {"ptx": "text.jsonl"}, "ppo": {"ptx_coef": 1}})
 
 
 def test_what_comes_close_is_no_contradiction() -> None:

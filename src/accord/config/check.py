@@ -76,6 +76,8 @@ def _methods(recipe: Recipe) -> list[str]:
     problems: list[str] = []
     if recipe.reward is not None:
         problems.extend(_reward(recipe.reward))
+    if recipe.data.ptx and not (recipe.ppo and recipe.ppo.ptx_coef):
+        problems.append("`data.ptx` is read only with `ppo.ptx_coef` above 0, and it is not: set it (1, for example)")
     if recipe.ppo is not None:
         problems.extend(_ppo(recipe.ppo))
     if recipe.dpo is not None:
@@ -231,6 +233,8 @@ def _ppo(ppo: PPOConfig) -> list[str]:
             f"`ppo.target_kl` = {ppo.target_kl:g} steers towards a KL that `ppo.kl_budget` = {ppo.kl_budget:g} ends "
             "the stage at: set the budget well above the target"
         )
+    if ppo.ptx_coef == 0 and _changed(ppo, "ptx_batch_size"):
+        problems.append("`ppo.ptx_batch_size` is read only with `ppo.ptx_coef` above 0, and it is 0")
     steps = math.ceil(ppo.episodes / (ppo.prompts_per_step * ppo.samples_per_prompt))
     if ppo.value_warmup >= steps:
         problems.append(

@@ -146,6 +146,13 @@ class PPOConfig(TokenKLFields):
     whiten_advantages: bool = Field(
         True, description="Scale advantages to zero mean and unit variance over the rollout."
     )
+    ptx_coef: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the SFT loss (nats per token) of a batch of demonstrations, added to every update of "
+        "the policy (PPO-ptx); 0 = off.",
+    )
+    ptx_batch_size: int = Field(32, ge=1, description="Demonstrations per update, with ptx_coef.")
     value_init: str = Field(
         "reward",
         min_length=1,

@@ -108,6 +108,11 @@ class DataConfig(Section):
     prompts: Sources = Field(
         (), description="Prompts for PPO and evaluation. Unset: those of `preferences`, else `sft`."
     )
+    ptx: Sources = Field(
+        (),
+        description="Text that PPO keeps imitating (`ppo.ptx_coef`), as demonstrations or as prompts with completions. "
+        "Unset: the demonstrations of `sft`, else of `preferences`.",
+    )
     evaluation: Sources = Field((), description="Prompts for evaluation only. Unset: the held-out part of `prompts`.")
     holdout: float = Field(
         0.05,

@@ -47,6 +47,7 @@ class Corpus:
     sft: Part = Part()
     preferences: Part = Part()
     prompts: Part = Part()
+    ptx: Part = Part()
     evaluation: Part = Part()
 
     def demonstrations(self) -> Part:
@@ -56,6 +57,18 @@ class Corpus:
         if self.preferences.groups:
             return _converted(self.preferences, "sft", "data.sft is not set: the chosen answers of data.preferences")
         raise DataError("no demonstrations: set `data.sft` (or `data.preferences`, whose chosen answers would serve)")
+
+    def imitated(self) -> Part:
+        """For PPO-ptx: `data.ptx`, else the demonstrations."""
+        if self.ptx.groups:
+            return _converted(self.ptx, "sft")
+        try:
+            return self.demonstrations()
+        except DataError as error:
+            raise DataError(
+                "`ppo.ptx_coef` mixes demonstrations into the updates, and there are none: set `data.ptx`, `data.sft` "
+                "or `data.preferences`, or `ppo.ptx_coef` to 0"
+            ) from error
 
     def comparisons(self) -> Part:
         """For the reward model, DPO and ORPO: groups with ranked completions."""
@@ -122,6 +135,7 @@ def read_corpus(data: DataConfig) -> Corpus:
         sft=_read(data.sft, data.lenient),
         preferences=_read(data.preferences, data.lenient),
         prompts=_read(data.prompts, data.lenient),
+        ptx=_read(data.ptx, data.lenient),
         evaluation=_read(data.evaluation, data.lenient),
     )
 

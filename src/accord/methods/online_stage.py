@@ -11,6 +11,7 @@ from accord.config import RolloutFields
 from accord.methods import learners
 from accord.methods.card import model_card
 from accord.methods.context import Context, LoadedPolicy, data_note, run_stage, weights_hash
+from accord.methods.corpus import Part
 from accord.methods.judging import ReferenceScores
 from accord.methods.online_account import Online, online_summary
 from accord.methods.online_trainer import Learner, OnlineTrainer
@@ -31,6 +32,9 @@ LEARNERS: Mapping[str, Callable[[Any], Learner]] = MappingProxyType(
         "online_dpo": learners.online_dpo,
     }
 )
+
+
+NOTHING = Part()
 
 
 class RolloutTrainer(Trainer, Online, Protocol):
@@ -74,20 +78,20 @@ def run_rollout_stage(
     stage: str,
     section: RolloutFields,
     trainer_of: Callable[[Cast], RolloutTrainer],
-    *,
-    sources: Mapping[str, str] = MappingProxyType({}),
+    besides: Part = NOTHING,
 ) -> dict[str, Any]:
-    """The frame of every online stage, PPO's too: roles, prompts, the trainer made of them, and its account. `sources`
-    (what -> content hash) is what the trainer depends on besides."""
+    """The frame of every online stage, PPO's too: roles, prompts, the trainer made of them, and its account. `besides`
+    is what the trainer depends on besides: sources (what -> content hash), and notes on them."""
     start = starting_model(context, section.init)
     judges = judges_of(context, stage, section)
     part = context.corpus.all_prompts()
-    all_sources = part.sources | weights_hash(start) | judges.sources | dict(sources)
+    notes = tuple(dict.fromkeys((*part.notes, *besides.notes)))
+    sources = part.sources | besides.sources | weights_hash(start) | judges.sources
     if section.shaping.reference != "none":
-        all_sources |= context.corpus.sft.sources | context.corpus.preferences.sources
+        sources |= context.corpus.sft.sources | context.corpus.preferences.sources
 
     def body(run: RunFolder) -> dict[str, Any]:
-        for note in part.notes:
+        for note in notes:
             context.say(note)
         policy = LoadedPolicy.to_train(context, start, stage)
         prompts, answers = comparable_prompts(
@@ -109,12 +113,12 @@ def run_rollout_stage(
         )
         ended = run_training(trainer, run, context.console, context.recipe.guards)
         summary = online_summary(run, trainer, section, scorer.name, ended)
-        summary["account"] += data_note(part)
-        policy.save(run.path / "model", model_card(context.recipe, stage, start, all_sources, summary))
+        summary["account"] += data_note(Part(notes=notes))
+        policy.save(run.path / "model", model_card(context.recipe, stage, start, sources, summary))
         return summary
 
     settings = {
         stage: section.model_dump(mode="json"),
         "data": context.recipe.data.model_dump(mode="json", include={"holdout", "max_tokens", "max_prompt_tokens"}),
     }
-    return run_stage(context, stage, settings=settings, sources=all_sources, body=body)
+    return run_stage(context, stage, settings=settings, sources=sources, body=body)

@@ -17,6 +17,7 @@ from accord.config import (
     AdapterConfig,
     EvaluateConfig,
     OfflineFields,
+    PPOConfig,
     Recipe,
     RFTConfig,
     RolloutFields,
@@ -38,6 +39,7 @@ __all__ = [
     "check_names",
     "check_prompts",
     "check_sizes",
+    "imitated",
     "num_parameters",
     "plan_table",
     "stages_of",
@@ -224,6 +226,14 @@ def with_reference_answers(
     return kept, answers
 
 
+def imitated(corpus: Corpus, holdout: float) -> list[Group]:
+    """The demonstrations PPO-ptx may learn from. Raises DataError when there are none."""
+    train, held_out = split_holdout(corpus.imitated().groups, holdout)
+    if not train:
+        raise DataError(f"`ppo.ptx_coef` has no demonstration to imitate: {len(held_out)} are held out")
+    return train
+
+
 def check_labels(groups: Sequence[Group], loss: str) -> None:
     """Raises ConfigError for comparisons with soft labels where the loss takes every label as certain."""
     soft = [g for g in groups if g.soft_label is not None and g.soft_label != 1]
@@ -248,6 +258,8 @@ def _sizes(recipe: Recipe, corpus: Corpus, stage: str) -> tuple[str, str]:
     if isinstance(section, RolloutFields):
         train, _ = with_reference_answers(stage, section, corpus, train)
         check_prompts(stage, section, len(train))
+        if isinstance(section, PPOConfig) and section.ptx_coef:
+            imitated(corpus, recipe.data.holdout)
         per_step = section.prompts_per_step * section.samples_per_prompt
         updates = section.update_epochs * section.minibatches
         steps = f"{math.ceil(section.episodes / per_step):,} rollouts of {per_step}, {updates} updates each"

@@ -2,7 +2,9 @@
 
     reward[t]  = -kl_coef * (log policy - log reference)[t] + (score - penalties) * [t is the last token]
     advantages = GAE(reward, values), whitened over the rollout
-    loss       = clipped policy loss - entropy_coef * entropy;   value loss = clipped squared error, own optimiser
+    loss       = clipped policy loss - entropy_coef * entropy
+                 [+ kl_coef * KL, if not in the reward] [+ ptx_coef * SFT loss]
+    value loss = clipped squared error, with an optimiser of its own
 
 Source: Ziegler et al. 2019, arXiv:1909.08593; Stiennon et al. 2020, arXiv:2009.01325; Schulman et al. 2017,
 arXiv:1707.06347. Departures: the value model has an optimiser of its own, so there is no value coefficient; the score
@@ -36,6 +38,7 @@ from accord.methods.online import (
     step_outcome,
 )
 from accord.methods.ppo_update import Actor, Critic, Signal
+from accord.methods.ptx import Imitation
 from accord.methods.rollouts import Prompt, Rollout, RolloutModels, collect
 from accord.training.loop import Captured, StepOutcome
 
@@ -48,7 +51,13 @@ class PPOTrainer:
     stage = "ppo"
 
     def __init__(
-        self, models: RolloutModels, value: Any, prompts: Sequence[Prompt], section: PPOConfig, seed: int
+        self,
+        models: RolloutModels,
+        value: Any,
+        prompts: Sequence[Prompt],
+        section: PPOConfig,
+        seed: int,
+        imitation: Imitation | None = None,
     ) -> None:
         self.checkpoint_every, self.keep_checkpoints = section.checkpoint_every, section.keep_checkpoints
         self.episodes_per_step = section.prompts_per_step * section.samples_per_prompt
@@ -57,7 +66,7 @@ class PPOTrainer:
         self._models, self._prompts, self._section, self._seed = models, prompts, section, seed
         self._actor = Actor(models.policy, section, self.total_steps)
         self._critic = Critic(value, section, self.total_steps)
-        self._kl_coef = section.kl_coef
+        self._imitation, self._kl_coef = imitation, section.kl_coef
 
     def step(self, step: int) -> StepOutcome:
         """Generate, score, compute advantages, then update over several shuffled passes."""
@@ -121,7 +130,8 @@ class PPOTrainer:
         totals = {"minibatches": 0.0, "updates": 0.0}
         totals |= {learner.norm: 0.0 for learner in learning}
         deviations: list[float] = []
-        for groups in minibatches(step, section, len(choice.groups), self._seed, "ppo"):
+        first = (step - 1) * section.update_epochs * section.minibatches + 1
+        for number, groups in enumerate(minibatches(step, section, len(choice.groups), self._seed, "ppo"), first):
             sums, deviation = self._accumulate(actor, rollout, choice, groups, signal)
             add_sums(totals, {**sums, "minibatches": 1})
             deviations.append(deviation)
@@ -129,6 +139,8 @@ class PPOTrainer:
                 for learner in learning:
                     learner.discard()
                 break
+            if actor is not None and self._imitation is not None:
+                add_sums(totals, self._imitation.accumulate(self._models.policy, number))
             for learner in learning:
                 add_sums(totals, learner.update(step))
             totals["updates"] += 1
@@ -140,6 +152,8 @@ class PPOTrainer:
             return metrics
         for learner in learning:
             metrics |= learner.metrics(totals, step)
+        if totals.get("ptx_tokens"):
+            metrics["train/ptx_loss"] = totals["ptx_nll"] / totals["ptx_tokens"]
         if actor is not None:
             self.drift = max(self.drift, deviations[0])
             metrics["train/ratio_max_deviation"] = deviations[0]

@@ -6,9 +6,12 @@ from typing import Any
 
 from accord.config import PPOConfig
 from accord.errors import ConfigError
-from accord.methods.context import Context, adapt, weights_hash
+from accord.methods.context import Context, adapt, tokenised, weights_hash
+from accord.methods.corpus import Part
 from accord.methods.online_stage import Cast, run_rollout_stage
+from accord.methods.plan import imitated
 from accord.methods.ppo import PPOTrainer
+from accord.methods.ptx import Imitation
 from accord.methods.reward_models import value_model_beside
 from accord.models.load import fresh_value_model, load_reward_model
 
@@ -21,11 +24,25 @@ def run_ppo(context: Context) -> dict[str, Any]:
     assert section is not None
 
     def trainer(cast: Cast) -> PPOTrainer:
-        return PPOTrainer(cast.models, _value_model(context, section, cast), cast.prompts, section, context.seed)
+        value = _value_model(context, section, cast)
+        imitation = _imitation(context, section, cast)
+        return PPOTrainer(cast.models, value, cast.prompts, section, context.seed, imitation)
 
+    imitated_part = context.corpus.imitated() if section.ptx_coef else Part()
     own = section.value_init in ("reward", "policy")
-    sources = {} if own else {"value weights": "".join(weights_hash(section.value_init).values())}
-    return run_rollout_stage(context, "ppo", section, trainer, sources=sources)
+    weights = {} if own else {"value weights": "".join(weights_hash(section.value_init).values())}
+    besides = Part(sources=imitated_part.sources | weights, notes=imitated_part.notes)
+    return run_rollout_stage(context, "ppo", section, trainer, besides)
+
+
+def _imitation(context: Context, section: PPOConfig, cast: Cast) -> Imitation | None:
+    """What is mixed into the updates, without the held-out part."""
+    if not section.ptx_coef:
+        return None
+    groups = imitated(context.corpus, context.recipe.data.holdout)
+    items = [t for _, t in tokenised(context, groups, cast.policy.template, "mixed-in demonstrations")]
+    context.say(f"{len(items)} demonstrations, {section.ptx_batch_size} of them mixed into each update of the policy")
+    return Imitation(items, section, pad_id=cast.policy.pad_id, seed=context.seed)
 
 
 def _value_model(context: Context, section: PPOConfig, cast: Cast) -> Any:
