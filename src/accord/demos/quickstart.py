@@ -168,9 +168,7 @@ def run_annotators(context: Context, compared: int = NUM_COMPARED) -> dict[str, 
         _write(run.path / "comparisons.jsonl", groups)
         return _annotation_summary(context, comparisons, groups)
 
-    return run_stage(
-        context, "annotate", settings={"num_prompts": compared}, sources=weights_hash(folder), body=body
-    )
+    return run_stage(context, "annotate", settings={"num_prompts": compared}, sources=weights_hash(folder), body=body)
 
 
 def _write(path: Path, groups: Sequence[Group]) -> None:

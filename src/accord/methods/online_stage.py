@@ -34,9 +34,6 @@ LEARNERS: Mapping[str, Callable[[Any], Learner]] = MappingProxyType(
 )
 
 
-NOTHING = Part()
-
-
 class RolloutTrainer(Trainer, Online, Protocol):
     """What trains in an online stage: it runs in the loop, and the account knows what it did."""
 
@@ -70,7 +67,7 @@ def run_online(context: Context, stage: str) -> dict[str, Any]:
     def trainer(cast: Cast) -> OnlineTrainer:
         return OnlineTrainer(stage, cast.models, cast.prompts, section, learner, context.seed)
 
-    return run_rollout_stage(context, stage, section, trainer)
+    return run_rollout_stage(context, stage, section, trainer, besides=Part())
 
 
 def run_rollout_stage(
@@ -78,7 +75,7 @@ def run_rollout_stage(
     stage: str,
     section: RolloutFields,
     trainer_of: Callable[[Cast], RolloutTrainer],
-    besides: Part = NOTHING,
+    besides: Part,
 ) -> dict[str, Any]:
     """The frame of every online stage, PPO's too: roles, prompts, the trainer made of them, and its account. `besides`
     is what the trainer depends on besides: sources (what -> content hash), and notes on them."""

@@ -32,7 +32,7 @@ def run_ppo(context: Context) -> dict[str, Any]:
     own = section.value_init in ("reward", "policy")
     weights = {} if own else {"value weights": "".join(weights_hash(section.value_init).values())}
     besides = Part(sources=imitated_part.sources | weights, notes=imitated_part.notes)
-    return run_rollout_stage(context, "ppo", section, trainer, besides)
+    return run_rollout_stage(context, "ppo", section, trainer, besides=besides)
 
 
 def _imitation(context: Context, section: PPOConfig, cast: Cast) -> Imitation | None:
