@@ -12,6 +12,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "GuardAlert",
+    "LabelsWanted",
     "RewardError",
     "Terminated",
     "TrainingError",
@@ -40,6 +41,12 @@ class RewardError(AccordError):
     """A reward function or reward model failed on a prompt. Names the prompt."""
 
     exit_code = 1
+
+
+class LabelsWanted(AccordError):
+    """Nothing is wrong: people have to label pairs of answers before the same command can go on. Names the file."""
+
+    exit_code = 4
 
 
 class CheckpointError(AccordError):

@@ -23,6 +23,7 @@ LAYERS = (
     ("methods",),
     ("evaluation",),
     ("pipeline",),
+    ("loop",),
     ("demos",),
     ("cli", "api"),
 )

@@ -11,20 +11,20 @@ from accord.cli.screen import screen
 from accord.config import Recipe, load_recipe
 from accord.methods.catalogue import STAGES
 
-__all__ = ["add_parsers"]
+__all__ = ["add_parsers", "add_recipe_parser"]
 
 
 def add_parsers(commands: Any) -> None:
     """Add a command for each stage, and one for whole recipes."""
     for stage in STAGES.values():
-        parser = _add(commands, stage.verb, stage.help, stage.example, _keys(stage.name))
+        parser = add_recipe_parser(commands, stage.verb, stage.help, stage.example, _keys(stage.name))
         parser.set_defaults(run=_run_one, stage=stage.name)
     text = "run all stages of a recipe in order; finished ones are not repeated"
-    parser = _add(commands, "run", text, "accord run recipe.yaml", "")
+    parser = add_recipe_parser(commands, "run", text, "accord run recipe.yaml", "")
     parser.set_defaults(run=_run_all)
 
 
-def _add(commands: Any, name: str, text: str, example: str, keys: str) -> argparse.ArgumentParser:
+def add_recipe_parser(commands: Any, name: str, text: str, example: str, keys: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
         help=text,

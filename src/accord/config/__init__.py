@@ -2,6 +2,7 @@
 
 from accord.config.guards import GuardName, GuardsConfig
 from accord.config.load import load_recipe, recipe_from
+from accord.config.loop import LoopConfig
 from accord.config.offline import (
     MARGIN_FREE,
     DPOConfig,
@@ -53,6 +54,7 @@ __all__ = [
     "ILQLConfig",
     "JudgeConfig",
     "KTOConfig",
+    "LoopConfig",
     "ModelConfig",
     "ORPOConfig",
     "OfflineFields",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import get_args
 
+from accord.config.loop import LoopConfig
 from accord.config.offline import MARGIN_FREE, DPOConfig, KTOConfig, PairLoss, RewardConfig
 from accord.config.online import (
     PolicyGradientFields,
@@ -86,6 +87,8 @@ def _methods(recipe: Recipe) -> list[str]:
         problems.extend(_kto(recipe.kto))
     if recipe.reinforce is not None:
         problems.extend(_reinforce(recipe.reinforce))
+    if recipe.loop is not None:
+        problems.extend(_loop(recipe.loop))
     if recipe.rft is not None and recipe.rft.end_quantile < recipe.rft.start_quantile:
         problems.append(
             f"`rft.end_quantile` = {recipe.rft.end_quantile} is below `rft.start_quantile` = "
@@ -204,6 +207,14 @@ def _kto(kto: KTOConfig) -> list[str]:
 def _changed(section: Section, key: str) -> bool:
     """Another value than the default: a resolved recipe names every key, and must still load."""
     return getattr(section, key) != type(section).model_fields[key].default
+
+
+def _loop(loop: LoopConfig) -> list[str]:
+    return [
+        f"`loop.{key}` is read only by `loop.labeller` = function, and `loop.labeller` is {loop.labeller}"
+        for key in ("label_function", "label_scale")
+        if _changed(loop, key) and loop.labeller != "function"
+    ]
 
 
 def _reinforce(reinforce: REINFORCEConfig) -> list[str]:

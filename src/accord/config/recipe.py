@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from accord.config.guards import GuardsConfig
+from accord.config.loop import LoopConfig
 from accord.config.offline import DPOConfig, ILQLConfig, KTOConfig, ORPOConfig, RewardConfig, SFTConfig
 from accord.config.online import (
     BestOfNConfig,
@@ -81,6 +82,7 @@ class Recipe(Section):
         default_factory=lambda: GuardsConfig.model_validate({}), description="Alarms while a stage trains."
     )
     evaluate: EvaluateConfig | None = Field(None, description="Evaluation.")
+    loop: LoopConfig | None = Field(None, description="Rounds of labels, reward model and policy: `accord loop`.")
 
     @property
     def root(self) -> Path:

@@ -57,12 +57,14 @@ GROUPS_CHECKED = 3
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """A checked recipe with its data. `functions` holds reward functions given as Python objects, by config key."""
+    """A checked recipe with its data. `functions` holds reward functions given as Python objects, by config key;
+    `elsewhere` the folders of stages that are not those of this run's root, by stage."""
 
     recipe: Recipe
     corpus: Corpus
     console: Console
     functions: Mapping[str, RewardFunction] = field(default_factory=dict)
+    elsewhere: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def root(self) -> Path:
@@ -249,12 +251,12 @@ def _build_base(context: Context, text: Part, run: RunFolder) -> dict[str, Any]:
 
 
 def stage_model(context: Context, stage: str) -> Path | None:
-    """The model a finished stage left in this run's folder; None when the recipe has no such stage.
+    """The model a finished stage left in this run's folder, or elsewhere; None when the recipe has no such stage.
 
     Raises: ConfigError when the recipe has the stage but it has not been run; CheckpointError when the weights are not
         the ones it left.
     """
-    folder = context.root / stage
+    folder = context.elsewhere.get(stage, context.root / stage)
     summary = read_summary(folder)
     if summary is not None:
         if "weights" in summary and summary["weights"] != _weights_digest(folder / "model"):

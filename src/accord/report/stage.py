@@ -56,6 +56,8 @@ STAGES: dict[str, tuple[str, str]] = {
         "Annotators",
         "The fine-tuned model answers each question twice; people, here simulated, say which answer is better.",
     ),
+    "sample": ("Pairs of answers", "The newest policy answers prompts, for people to say which answer is better."),
+    "label": ("Labels", "People, or a function that simulates them, choose between the answers of each pair."),
     "reward": ("Reward model", "A second model learns to score answers from comparisons that annotators made."),
     "dpo": (
         "DPO",

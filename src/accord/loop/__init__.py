@@ -1,0 +1,1 @@
+"""Iteration: rounds of sampling, labelling, refitting the reward model and training the policy."""
