@@ -65,7 +65,8 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], *([verb] for verb in VERBS), ["dpo"], ["methods"], ["data"], ["quickstart"], ["benchmark"]]
+    "arguments",
+    [[], *([verb] for verb in VERBS), ["dpo"], ["loop"], ["methods"], ["data"], ["quickstart"], ["benchmark"]],
 )
 def test_help_exits_0_and_shows_an_example(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -159,6 +160,9 @@ def test_the_methods_as_json_have_all_their_facts(capsys: pytest.CaptureFixture[
             "`dpo.target_margin` is read only by `dpo.loss` = simpo",
         ),
         (["kto", "recipe.yaml", "--set", "kto.loss=bco", "--set", "kto.desirable_weight=2"], "`kto.desirable_weight`"),
+        (["loop", "recipe.yaml", "--set", "reward=null"], "add a `reward:` section"),
+        (["loop", "recipe.yaml"], "`loop.comparisons` = 500, but there are only 30 distinct prompts"),
+        (["loop", "recipe.yaml", "--set", "loop.labeler=human"], "did you mean `loop.labeller`?"),
         (["evaluate", "recipe.yaml", "--set", "sft=null", "--set", "ppo=null"], "there is only one model to evaluate"),
     ],
 )

@@ -35,7 +35,7 @@ def reports():
 check("import accord", lambda: __import__("accord"))
 check("--help", lambda: command("--help"))
 check("--version", lambda: command("--version"))
-for verb in ("sft", "reward", "dpo", "orpo", "kto", "ppo", "evaluate", "run", "quickstart", "methods"):
+for verb in ("sft", "reward", "dpo", "orpo", "kto", "ppo", "evaluate", "run", "loop", "quickstart", "methods"):
     check(f"{verb} --help", lambda: command(verb, "--help"))
 check("methods", lambda: command("methods"))
 check("benchmark randomwalks --help", lambda: command("benchmark", "randomwalks", "--help"))
@@ -49,6 +49,7 @@ check("missing data", lambda: command("sft", recipe, "--set", "data.sft=nowhere.
 check("dry run of all stages", lambda: command("run", recipe, "--dry-run"))
 for verb in ("sft", "reward", "dpo", "orpo", "kto", "ppo", "evaluate"):
     check(f"dry run of {verb}", lambda: command(verb, recipe, "--dry-run"))
+check("dry run of a loop", lambda: command("loop", recipe, "--dry-run"))
 check("reports", reports)
 print(json.dumps(loaded))
 """
@@ -60,6 +61,7 @@ sft: {}
 reward: {}
 ppo: {max_new_tokens: 8, prompts_per_step: 4}
 evaluate: {max_new_tokens: 8}
+loop: {comparisons: 10, holdout_pairs: 2}
 """
 
 

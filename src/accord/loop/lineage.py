@@ -197,13 +197,13 @@ def _account(
     gold = [(policy, found) for policy in policies if (found := _gold(policy, rounds)) is not None]
     if gold:
         said = ", ".join(f"{policy.name} {found.value:+.3f}" for policy, found in gold)
-        texts.append(f"The true utility of their held-out answers, which no stage trained on: {said}.")
+        texts.append(f"The true utility of their held-out answers, which no stage saw but through labels: {said}.")
     if not finished:
         return [*texts, f"The loop is not finished: {len(policies) - 1} of at most {config.rounds} rounds are trained."]
     why = (
         f"it stopped because {standing.misses} in a row {'was' if standing.misses == 1 else 'were'} not shown to be "
         f"better than the best before"
-        if standing.stop
+        if len(policies) - 1 < config.rounds
         else "all its rounds are done"
     )
     result = (
@@ -235,7 +235,7 @@ def _warnings(rounds: Sequence[Round]) -> list[str]:
 
 def _numbers(done: Round) -> list[dict[str, Any]]:
     """A round's column in the report's table."""
-    name = f"round {done.number}"
+    name = done.folder.name
     found: list[tuple[str, str, str, float | Interval | None]] = [
         ("labels", "", "Pairs that were labelled.", done.labelled["headline"][0]["value"]),
         ("old reward model agrees", "fraction", "With the new labels, which it never saw.", done.drift),
@@ -250,7 +250,7 @@ def _numbers(done: Round) -> list[dict[str, Any]]:
         (
             "true utility of the policy sampled here",
             "",
-            "Of its held-out answers. No stage trained on it.",
+            "Of its held-out answers. No stage saw it but through labels.",
             done.gold(done.newest.number),
         ),
     ]
@@ -274,7 +274,7 @@ def _table(rounds: Sequence[Round]) -> Table:
     for done in rounds:
         against = f"  over policy {done.best.number}" if done.best is not None else ""
         table.add_row(
-            str(done.number),
+            done.folder.name.removeprefix("round-"),
             f"samples {done.newest.number}" + (f", trains {done.number}" if done.policy is not None else ""),
             f"{_short(done.rate)}{against}",
             "-" if done.kl is None else f"{done.kl:.2f}",
@@ -304,7 +304,7 @@ def _curves(policies: Sequence[Policy], rounds: Sequence[Round]) -> list[dict[st
             "True utility of the policies",
             "policy",
             "true utility",
-            "Mean over held-out answers with its 95% interval. No stage trained on it.",
+            "Mean over held-out answers with its 95% interval. No stage saw it but through labels.",
             {"true utility": golds},
         ),
         (
