@@ -186,7 +186,7 @@ def test_people_label_through_files_and_equal_labels_give_equal_policies(
     words = [word for one in human for word in ("--set", one)]
     file = root / "round-1/label/sheet.jsonl"
     code, output, _ = loop(zygote, recipe, root, *words)
-    assert code == 3 and f"20 of 20 pairs to label in {file}" in " ".join(output.split())
+    assert code == 4 and f"20 of 20 pairs to label in {file}" in " ".join(output.split())
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     filled = [row | {"choice": favourite(row)} for row in rows]
 
@@ -195,10 +195,10 @@ def test_people_label_through_files_and_equal_labels_give_equal_policies(
     assert code == 2 and f"{file}:6: `choice` is 'c'" in " ".join(output.split())
     write(file, [*filled[:5], *rows[5:]])
     code, output, _ = loop(zygote, recipe, root, *words)
-    assert code == 3 and "15 of 20 pairs to label" in " ".join(output.split())
+    assert code == 4 and "15 of 20 pairs to label" in " ".join(output.split())
     write(file, filled)
     code, output, _ = loop(zygote, recipe, root, *words)
-    assert code == 3 and "after-round-1/label/sheet.jsonl" in "".join(output.split()), output
+    assert code == 4 and "after-round-1/label/sheet.jsonl" in "".join(output.split()), output
     policy = "round-1/ppo/model/model.safetensors"
     assert (root / policy).read_bytes() == (whole[0] / policy).read_bytes()
 

@@ -129,7 +129,7 @@ def test_rows_still_to_be_filled_in_are_counted(asked: tuple[Path, list[Pair]]) 
     write(file, [row | {"choice": choice} for row, choice in zip(rows(file), ("a", None, ""), strict=True)])
     with pytest.raises(LabelsWanted, match=r"2 of 3 pairs to label in .*sheet.jsonl \(the first at line 2\)") as error:
         read_choices(file, pairs)
-    assert error.value.exit_code == 3
+    assert error.value.exit_code == 4
 
 
 def test_pairs_and_labels_come_back_as_they_were_written(tmp_path: Path) -> None:

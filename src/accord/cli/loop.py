@@ -20,7 +20,7 @@ samples). Each new policy is compared with the best before it on held-out prompt
 shows an improvement, and its result is the best. It needs the sections `reward` and one such as `ppo`; `sft` comes
 first where there is one.
 
-With `loop.labeller` = human the command writes the pairs into a file and ends with exit code 3. Write a, b or tie into
+With `loop.labeller` = human the command writes the pairs into a file and ends with exit code 4. Write a, b or tie into
 `choice` of each row, then run the same command again."""
 
 
