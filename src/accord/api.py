@@ -22,6 +22,7 @@ from accord.methods.corpus import Corpus, Part
 from accord.methods.plan import check_sizes
 from accord.records import Completion, Group, Message
 from accord.rewards.scorers import RewardFunction
+from accord.rollout.environment import EnvironmentFactory
 
 __all__ = ["TrainResult", "train"]
 
@@ -41,8 +42,10 @@ class TrainResult:
 # What each method learns from: the arguments it takes, together; some take one or another. The first method that takes
 # what is given is the one that is used unless another is named.
 _ONLINE = [name for name in POLICY_STAGES if STAGES[name].data == "prompts" and name in pipeline.STAGES]
+_ALONE = (("reward_fn", "prompts"),)
+_TALKING = (*_ALONE, ("environment", "prompts"), ("environment", "reward_fn", "prompts"))
 _TAKES: dict[str, tuple[tuple[str, ...], ...]] = {
-    **{name: (("reward_fn", "prompts"),) for name in _ONLINE},
+    **{name: _ALONE if name == "rft" else _TALKING for name in _ONLINE},
     "sft": (("samples",),),
     "dpo": (("pairs",),),
     "orpo": (("pairs",),),
@@ -57,6 +60,7 @@ def train(
     *,
     method: str | None = None,
     reward_fn: RewardFunction | None = None,
+    environment: EnvironmentFactory | None = None,
     prompts: Sequence[Prompt] | None = None,
     samples: Sequence[Any] | None = None,
     rewards: Sequence[Reward] | None = None,
@@ -66,8 +70,8 @@ def train(
     quiet: bool = False,
     **sections: Any,
 ) -> TrainResult:
-    """Train `model`: against `reward_fn` on `prompts`, by imitation of `samples`, by what their `rewards`
-    say, or on preferences as `pairs`.
+    """Train `model`: against `reward_fn` on `prompts`, or in conversations with an `environment`, by imitation of
+    `samples`, by what their `rewards` say, or on preferences as `pairs`.
 
         accord.train("my-model", reward_fn=lambda prompt, completion: -len(completion), prompts=["Say hello"])
         accord.train("my-model", reward_fn=..., prompts=[...], method="rloo", rloo={"samples_per_prompt": 8})
@@ -85,6 +89,8 @@ def train(
             orpo, kto and reward; a reward function also for the other methods that sample, such as grpo.
         reward_fn: f(prompt, completion) -> float; prompt is the text of a one-message prompt, else its messages. An
             exception in it stops the run and names the prompt.
+        environment: a class (or a function without arguments) that makes whom the policy talks with over several turns,
+            one object a conversation; the method's section needs max_turns. With or without a reward_fn.
         prompts: texts, or lists of {"role", "content"}.
         samples: (prompt, answer) pairs, lists of {"role", "content"} ending with the assistant, plain texts, or dicts
             with the fields of a row in a data file; for kto such dicts with a label.
@@ -102,7 +108,16 @@ def train(
             raise DataError(f"{name} is empty: there is nothing to train on")
     if reward_fn is not None and not callable(reward_fn):
         raise ConfigError(f"reward_fn is {reward_fn!r}: expected a function f(prompt, completion) -> float")
-    given = {"reward_fn": reward_fn, "prompts": prompts, "samples": samples, "rewards": rewards, "pairs": pairs}
+    if environment is not None and not callable(environment):
+        raise ConfigError(f"environment is {environment!r}: expected a class, or a function that makes an environment")
+    given = {
+        "reward_fn": reward_fn,
+        "environment": environment,
+        "prompts": prompts,
+        "samples": samples,
+        "rewards": rewards,
+        "pairs": pairs,
+    }
     stage = _method(method, {name for name, value in given.items() if value is not None})
     tree: dict[str, Any] = _yaml_like(sections)
     tree["seed"] = seed
@@ -120,10 +135,16 @@ def train(
         corpus = Corpus(sft=part) if stage == "sft" else Corpus(preferences=part)
     section = tree.get(stage, {})
     tree[stage] = {"value_init": "policy", **section} if stage == "ppo" and isinstance(section, dict) else section
+    if environment is not None and isinstance(tree[stage], dict):
+        tree[stage]["environment"] = _name(environment)
     tree["name"] = stage
     tree["out"] = str(out) if out is not None else None
     recipe = recipe_from(tree, source="accord.train")
-    functions = {} if reward_fn is None else {f"{stage}.reward_function": reward_fn}
+    functions: dict[str, Callable[..., Any]] = {}
+    if reward_fn is not None:
+        functions[f"{stage}.reward_function"] = reward_fn
+    if environment is not None:
+        functions[f"{stage}.environment"] = environment
     check_sizes(recipe, corpus, [stage])
     summary = pipeline.run_stages(recipe, corpus, [stage], Console(quiet=quiet), functions)[stage]
     folder = recipe.root / stage
@@ -140,8 +161,8 @@ def _method(method: str | None, given: set[str]) -> str:
     for name, alternatives in candidates.items():
         if given in map(set, alternatives):
             return name
-    if "reward_fn" in given and given <= {"reward_fn", "prompts"} and (method is None or method in _ONLINE):
-        raise ConfigError("accord.train(reward_fn=...) needs prompts=[...], the texts the policy shall answer")
+    if given and given <= {"reward_fn", "environment"} and (method is None or method in _ONLINE):
+        raise ConfigError(f"accord.train({min(given)}=...) needs prompts=[...], the texts the policy shall answer")
     if "rewards" in given and "samples" not in given:
         raise ConfigError(
             "rewards= go with samples=, one for each; methods that sample ask reward_fn= for their rewards"
@@ -154,6 +175,11 @@ def _method(method: str | None, given: set[str]) -> str:
         )
     takes = " or ".join(" and ".join(f"{name}=" for name in names) for names in _TAKES[method])
     raise ConfigError(f"accord.train(method={method!r}) takes {takes}; it was given {found}")
+
+
+def _name(factory: EnvironmentFactory) -> str:
+    """What a recipe would say, for the record: what is given here need not be found by it."""
+    return f"{getattr(factory, '__module__', '')}:{getattr(factory, '__qualname__', type(factory).__qualname__)}"
 
 
 def _yaml_like(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 One idea carries all methods: a `Group` is one prompt with zero or more completions. Text records (`Message`,
 `Completion`, `Group`) come from files; token records (`TokenCompletion`, `TokenGroup`) go to models;
-`SampledCompletion` comes from samplers; `Score` comes from scorers.
+`SampledCompletion` comes from samplers; `Turn` comes from environments; `Score` comes from scorers.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ __all__ = [
     "ScoreRequest",
     "TokenCompletion",
     "TokenGroup",
+    "Turn",
     "content_id",
 ]
 
@@ -144,6 +145,20 @@ class SampledCompletion:
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What an environment says to an answer of the policy.
+
+    messages  what comes before the policy's next answer; empty = the conversation is over
+    reward    what the answer earned, in score units
+    done      True = the conversation is over, whatever the messages say
+    """
+
+    messages: tuple[Message, ...] = ()
+    reward: float = 0.0
+    done: bool = False
 
 
 @dataclass(frozen=True, slots=True)

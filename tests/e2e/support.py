@@ -20,7 +20,9 @@ from typing import Any
 
 import yaml
 
-__all__ = ["RECIPE", "Zygote", "outcome", "survives_kills", "write_pairs", "write_recipe"]
+from accord.records import Message, Turn
+
+__all__ = ["RECIPE", "Asking", "Zygote", "outcome", "survives_kills", "write_pairs", "write_recipe"]
 
 RECIPE: dict[str, Any] = {
     "seed": 3,
@@ -101,6 +103,16 @@ def outcome(stage: Path) -> dict[str, Any]:
         "guards": (stage / "guards.jsonl").read_text(),
         "headline": json.loads((stage / "summary.json").read_text())["headline"],
     }
+
+
+class Asking:
+    """An environment that asks back, with a random number in it, and pays at random."""
+
+    def reset(self, prompt: Any, random: Any) -> Any:
+        return [*prompt, Message("user", f"and {random.integers(9)}")]
+
+    def step(self, messages: Any, random: Any) -> Turn:
+        return Turn((Message("user", f"why {random.integers(9)}"),), float(random.random()), random.random() < 0.3)
 
 
 class Zygote:

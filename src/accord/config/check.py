@@ -104,11 +104,29 @@ def _sampling(stage: str, section: SamplingFields) -> list[str]:
 
 
 def _rollout(stage: str, section: RolloutFields) -> list[str]:
-    problems = _shaping(stage, section)
+    problems = _shaping(stage, section) + _conversation(stage, section)
     if section.minibatches > section.prompts_per_step:
         problems.append(
             f"`{stage}.minibatches` = {section.minibatches} is more than `{stage}.prompts_per_step` = "
             f"{section.prompts_per_step}: a minibatch holds whole prompts"
+        )
+    return problems
+
+
+def _conversation(stage: str, section: RolloutFields) -> list[str]:
+    if section.environment is None:
+        if section.max_turns is None:
+            return []
+        return [f"`{stage}.max_turns` is read only with `{stage}.environment`, which is not set"]
+    problems: list[str] = []
+    if section.max_turns is None:
+        problems.append(
+            f"`{stage}.environment` needs `{stage}.max_turns`, the most answers the policy gives in a conversation"
+        )
+    if section.shaping.reference != "none":
+        problems.append(
+            f"`{stage}.shaping.reference` = {section.shaping.reference} compares answers to the prompt, and with "
+            f"`{stage}.environment` the last answer is one to what was said in between: set it to none"
         )
     return problems
 

@@ -84,6 +84,19 @@ class RolloutFields(SamplingFields, OptimiserFields):
         "exactly 1, or the sampler's own, which saves a forward pass and differs by rounding.",
     )
     samples_every: int = Field(5, ge=1, description="Rollout steps between samples written to samples.jsonl.")
+    environment: str | None = Field(
+        None,
+        description="`module:factory` of whom the policy talks with over several turns, such as a user simulator. Its "
+        "rewards are added to the score. Unset: one answer a prompt.",
+    )
+    max_turns: int | None = Field(
+        None, ge=1, description="The most answers the policy gives in a conversation; set together with `environment`."
+    )
+
+    @property
+    def max_own_tokens(self) -> int:
+        """The most tokens that the policy writes in one completion."""
+        return self.max_new_tokens * (self.max_turns or 1)
 
 
 class PolicyGradientFields(RolloutFields):
@@ -189,8 +202,8 @@ class GRPOConfig(TokenKLFields):
     averaging: Literal["completion", "token", "constant"] = Field(
         "completion",
         description="`completion`: mean over each answer's tokens, then over answers, as published (long bad answers "
-        "are punished less); `token`: mean over all tokens; `constant`: sum over tokens / (answers x max_new_tokens), "
-        "free of length. The length- and std-free form is `constant` with `advantage_scale` none.",
+        "are punished less); `token`: mean over all tokens; `constant`: sum over tokens / (answers x max_new_tokens x "
+        "max_turns), free of length. The length- and std-free form is `constant` with `advantage_scale` none.",
     )
 
 

@@ -160,6 +160,25 @@ class Template:
             position = answer.end
         return TokenCompletion(tuple(ids), tuple(mask))
 
+    def between(self, prompt: Sequence[Message], messages: Sequence[Message]) -> tuple[int, ...]:
+        """The tokens between the last answer of `messages`, which follow `prompt`, and the answer to come: the end of
+        that turn, the turns behind it, and the generation prompt.
+
+        They are those that `completion` puts there, so a conversation that is sampled turn by turn has the tokens it
+        would be read with as an example.
+
+        Raises: DataError when the template refuses the turns, or renders an earlier answer differently from now on.
+        """
+        chat = self._chat((*prompt, *messages))
+        text = self._render(chat.messages, generation=True)
+        answers = self._answers(chat.messages, text, first=len(prompt))
+        if len(answers) < sum(message.role == "assistant" for message in messages):
+            raise DataError(
+                f"the {self.name} chat template renders an earlier answer differently once the conversation goes on, "
+                "so it is no single sequence of tokens. Use template plain."
+            )
+        return tuple(self._encode(text, answers[-1].end, len(text), chat.mark))
+
     def keeps_turns(self, prompt: Sequence[Message], messages: Sequence[Message]) -> bool:
         """Whether every assistant turn of `messages` stays as it was written while the dialogue goes on.
 

@@ -87,8 +87,10 @@ def judge(
     prompts: Sequence[Sequence[ScoreRequest]],
     references: ReferenceScores | None,
     max_failed_fraction: float,
+    errors: Sequence[str | None] = (),
 ) -> Verdicts:
     """Score the completions of every prompt. A prompt whose reference answers fail has only failed completions.
+    `errors` are what completions failed with already, None where they did not.
 
     Raises: RewardError naming the first failure when more than `max_failed_fraction` of the completions failed.
     """
@@ -102,6 +104,8 @@ def judge(
             Score(None, one) if isinstance(one, str) and score.value is not None else score
             for one, score in zip(found, scores, strict=True)
         ]
+    if errors:
+        scores = [Score(None, error) if error else score for error, score in zip(errors, scores, strict=True)]
     failed = failures_of(scorer, requests, scores, max_fraction=max_failed_fraction)
     failures = tuple(Failure(requests[index], scores[index].error or "no reason given") for index in failed)
     return Verdicts(tuple(scores), tuple(compared_with), failures)
@@ -120,8 +124,10 @@ def score_metrics(scores: Iterable[Score]) -> dict[str, float]:
     return metrics | ({"rollout/ensemble_std": fmean(spreads)} if spreads else {})
 
 
-def token_rewards_of(scores: Sequence[Score], width: int) -> Tensor | None:
-    """(C, width) what each token earned; None where completions are judged whole."""
+def token_rewards_of(scores: Sequence[Score], mask: Tensor) -> Tensor | None:
+    """(C, T) what each token that the policy wrote earned; None where completions are judged whole."""
     if not any(score.tokens for score in scores):
         return None
-    return torch.tensor([[*score.tokens, *[0.0] * (width - len(score.tokens))] for score in scores])
+    earned = torch.zeros(mask.shape)
+    earned[mask] = torch.tensor([reward for score in scores for reward in score.tokens])
+    return earned

@@ -196,7 +196,7 @@ def _token_weights(section: GRPOConfig, part: Part, size: Size) -> Tensor:
     elif section.averaging == "token":
         weights = token_mean_weights(lengths, num_tokens=size.tokens)
     else:
-        weights = constant_length_weights(lengths, num_completions=size.completions, max_tokens=section.max_new_tokens)
+        weights = constant_length_weights(lengths, num_completions=size.completions, max_tokens=section.max_own_tokens)
     return weights[:, None].expand(part.mask.shape)
 
 

@@ -23,6 +23,7 @@ from accord.methods.rollouts import Rollout, RolloutModels
 from accord.models.layout import CompletionBatch, collate
 from accord.randomness import permutation
 from accord.records import TokenGroup
+from accord.rollout.conversations import Conversation
 from accord.training.environment import peak_memory_mb
 from accord.training.loop import StepOutcome
 
@@ -59,12 +60,14 @@ def prompt_indices(step: int, section: RolloutFields, count: int, seed: int, sta
 
 def final_rewards(rollout: Rollout, kl_penalty: Tensor) -> Tensor:
     """(C, T) the reward of each token for methods that credit single tokens: the KL penalty everywhere, what a function
-    of tokens pays where it pays it, and the rest of the completion's reward at its last token, so that a completion's
-    tokens add up to its reward less its penalties."""
-    paid = token_rewards_of(rollout.verdicts, rollout.mask.shape[1])
+    of tokens pays where it pays it, what an environment gives at the answer it is for, and the rest of the completion's
+    reward at its last token, so that a completion's tokens add up to its reward less its penalties."""
+    paid = rollout.turn_rewards
+    of_tokens = token_rewards_of(rollout.verdicts, rollout.mask)
+    if of_tokens is not None:
+        paid = of_tokens if paid is None else of_tokens + paid
     if paid is None:
         return token_rewards(rollout.shaped.rewards, kl_penalty, rollout.mask)
-    paid = paid * rollout.mask
     return token_rewards(rollout.shaped.rewards - paid.sum(1), kl_penalty - paid, rollout.mask)
 
 
@@ -196,11 +199,11 @@ def add_sums(totals: dict[str, float], part: Mapping[str, float | Tensor]) -> No
 
 def rollout_metrics(rollout: Rollout, kl: Tensor, rewards: Tensor) -> dict[str, float]:
     """`kl` (C, T) is log(policy / reference) of each token; `rewards` (C,) what the method optimises."""
-    mask, texts = rollout.mask, [r.completion for r in rollout.requests]
-    lengths = mask.sum(1).float()
+    mask, texts = rollout.mask, [c.text for c in rollout.conversations]
+    lengths, scores = mask.sum(1).float(), rollout.earned
     metrics = {
-        "rollout/score/mean": float(rollout.scores.mean()),
-        "rollout/score/std": float(rollout.scores.std(unbiased=False)),
+        "rollout/score/mean": float(scores.mean()),
+        "rollout/score/std": float(scores.std(unbiased=False)),
         "rollout/reward/mean": float(rewards.mean()),
         "rollout/kl_per_sequence_nats": float((kl * mask).sum(1).mean()),
         "rollout/kl_per_token_nats": float(masked_mean(kl, mask)),
@@ -215,6 +218,8 @@ def rollout_metrics(rollout: Rollout, kl: Tensor, rewards: Tensor) -> dict[str, 
     }
     metrics |= {f"rollout/{name}_term/mean": float(term.mean()) for name, term in rollout.shaped.terms.items()}
     metrics |= score_metrics(rollout.verdicts)
+    if rollout.turn_rewards is not None:
+        metrics |= _conversation_metrics(rollout)
     if rollout.gold is not None:
         metrics["rollout/gold_utility/mean"] = float(rollout.gold.mean())
         metrics["rollout/gold_utility/std"] = float(rollout.gold.std(unbiased=False))
@@ -223,9 +228,9 @@ def rollout_metrics(rollout: Rollout, kl: Tensor, rewards: Tensor) -> dict[str, 
 
 def _gaming_metrics(rollout: Rollout, lengths: Tensor) -> dict[str, float]:
     """What the guards watch besides: stock answers, a reward that pays for length, scores at their ceiling."""
-    texts = iter(request.completion for request in rollout.requests)
+    texts, scores = iter(conversation.text for conversation in rollout.conversations), rollout.earned
     answers = [[next(texts) for _ in group.completions] for group in rollout.groups]
-    top = rollout.scores == rollout.scores.max()
+    top = scores == scores.max()
     metrics = {
         "rollout/duplicate_fraction": duplicate_fraction(answers),
         "rollout/ceiling_fraction": float(top.float().mean()),
@@ -233,9 +238,18 @@ def _gaming_metrics(rollout: Rollout, lengths: Tensor) -> dict[str, float]:
     likeness = self_similarity(answers)
     if likeness is not None:
         metrics["rollout/self_similarity"] = likeness
-    if len(lengths) > 1 and float(lengths.std()) > 0 and float(rollout.scores.std()) > 0:
-        metrics["rollout/length_correlation"] = float(torch.corrcoef(torch.stack([lengths, rollout.scores]))[0, 1])
+    if len(lengths) > 1 and float(lengths.std()) > 0 and float(scores.std()) > 0:
+        metrics["rollout/length_correlation"] = float(torch.corrcoef(torch.stack([lengths, scores]))[0, 1])
     return {**metrics, **rollout.watched}
+
+
+def _conversation_metrics(rollout: Rollout) -> dict[str, float]:
+    conversations = rollout.conversations
+    return {
+        "rollout/turns/mean": sum(len(c.answers) for c in conversations) / len(conversations),
+        "rollout/out_of_room_fraction": sum(c.end == "room" for c in conversations) / len(conversations),
+        "rollout/out_of_turns_fraction": sum(c.end == "turns" for c in conversations) / len(conversations),
+    }
 
 
 def step_outcome(
@@ -274,9 +288,10 @@ def samples_of(rollout: Rollout) -> tuple[dict[str, Any], ...]:
     rows = range(0, len(rollout.requests), n)[:SAMPLES_KEPT]
     return tuple(
         {
-            "prompt": "\n".join(m.content for m in rollout.requests[i].prompt),
+            "prompt": "\n".join(m.content for m in rollout.conversations[i].opening.messages),
             "completion": rollout.requests[i].completion,
-            "score": float(rollout.scores[i]),
+            **({} if rollout.turn_rewards is None else {"messages": _plain(rollout.conversations[i])}),
+            "score": float(rollout.earned[i]),
             **_reward_note(rollout, i),
             "finished": bool(rollout.finished[i]),
             **({} if rollout.gold is None else {"gold": float(rollout.gold[i])}),
@@ -287,8 +302,13 @@ def samples_of(rollout: Rollout) -> tuple[dict[str, Any], ...]:
 
 def _reward_note(rollout: Rollout, row: int) -> dict[str, float]:
     """The reward, where shaping made another number of the score."""
-    score, reward = float(rollout.scores[row]), float(rollout.shaped.rewards[row])
+    score, reward = float(rollout.earned[row]), float(rollout.shaped.rewards[row])
     return {} if reward == score else {"reward": reward}
+
+
+def _plain(conversation: Conversation) -> list[dict[str, str]]:
+    """What was said after the prompt."""
+    return [{"role": message.role, "content": message.content} for message in conversation.messages]
 
 
 def failures_as_samples(failures: Sequence[Failure]) -> tuple[dict[str, Any], ...]:

@@ -30,16 +30,26 @@ def online_summary(
     rows = read_run(run.path).metrics
     first, last = _end_mean(rows, -1), _end_mean(rows, 1)
     kl = last["rollout/kl_per_sequence_nats"]
+    did, pieces = ("wrote", "answers") if section.environment is None else ("had", "conversations")
     account = [
-        f"The policy wrote {ended.steps * trainer.episodes_per_step:,} answers, scored by {scorer}. The mean "
+        f"The policy {did} {ended.steps * trainer.episodes_per_step:,} {pieces}, scored by {scorer}. The mean "
         f"score went from {first['rollout/score/mean']:+.2f} to {last['rollout/score/mean']:+.2f}, at a distance of "
-        f"{kl:.2f} nats per answer from the model it started from (KL, k1 estimator; first and last tenth of the run).",
-        f"Answers went from {first['rollout/completion_tokens/mean']:.1f} to "
+        f"{kl:.2f} nats per {pieces[:-1]} from the model it started from (KL, k1 estimator; first and last tenth of "
+        "the run).",
+        f"{pieces.capitalize()} went from {first['rollout/completion_tokens/mean']:.1f} to "
         f"{last['rollout/completion_tokens/mean']:.1f} tokens; {last['rollout/finished_fraction']:.1%} ended by "
         f"themselves.",
     ]
     if ended.early is not None:
         account.insert(0, f"Training stopped at step {ended.steps} of {trainer.total_steps}: {ended.early}.")
+    if section.environment is not None:
+        account.append(
+            f"In a conversation with {section.environment} the policy gave {first['rollout/turns/mean']:.1f} answers "
+            f"on average at first and {last['rollout/turns/mean']:.1f} in the end; their tokens alone are counted and "
+            f"learned from. {last['rollout/out_of_turns_fraction']:.1%} of the last conversations were cut after "
+            f"{section.max_turns} answers, {last['rollout/out_of_room_fraction']:.1%} for want of room within "
+            "`data.max_tokens` or the model's positions."
+        )
     if "rollout/gold_utility/mean" in last:
         account.append(
             f"The true utility, which training never saw, went from {first['rollout/gold_utility/mean']:+.2f} to "

@@ -16,9 +16,10 @@ from accord.methods.judging import ReferenceScores
 from accord.methods.online_account import Online, online_summary
 from accord.methods.online_trainer import Learner, OnlineTrainer
 from accord.methods.plan import check_prompts, with_reference_answers
-from accord.methods.roles import holdout_of, judges_of, rollout_models, starting_model, step_prompts
+from accord.methods.roles import holdout_of, judges_of, partner_of, rollout_models, starting_model, step_prompts
 from accord.methods.rollouts import Prompt, RolloutModels, first_answers
 from accord.methods.watch import MAX_ANSWERS, watch_answers
+from accord.rewards.scorers import fingerprint
 from accord.training.loop import Trainer, run_training
 from accord.training.runfolder import RunFolder
 
@@ -80,12 +81,14 @@ def run_rollout_stage(
     """The frame of every online stage, PPO's too: roles, prompts, the trainer made of them, and its account. `besides`
     is what the trainer depends on besides: sources (what -> content hash), and notes on them."""
     start = starting_model(context, section.init)
-    judges = judges_of(context, stage, section)
+    judges, partner = judges_of(context, stage, section), partner_of(context, stage, section)
     part = context.corpus.all_prompts()
     notes = tuple(dict.fromkeys((*part.notes, *besides.notes)))
     sources = part.sources | besides.sources | weights_hash(start) | judges.sources
     if section.shaping.reference != "none":
         sources |= context.corpus.sft.sources | context.corpus.preferences.sources
+    if partner is not None:
+        sources |= {"environment": fingerprint(partner.factory)}
 
     def body(run: RunFolder) -> dict[str, Any]:
         for note in notes:
@@ -96,7 +99,7 @@ def run_rollout_stage(
         )
         check_prompts(stage, section, len(prompts))
         scorer, reward_model = judges.scorer(context, section.micro_batch_tokens, policy)
-        models = rollout_models(context, section, policy, scorer, judges.gold, [t for _, t in prompts])
+        models = rollout_models(context, section, policy, scorer, judges.gold, [t for _, t in prompts], partner)
         if answers is not None:
             models.rewards.references = ReferenceScores(scorer, answers)
         # Before anything is restored the policy is the one training started from.

@@ -156,18 +156,29 @@ def check_names(recipe: Recipe, stages: list[str], given: Collection[str] = ()) 
         if value_init not in ("reward", "policy"):
             _check_model(recipe, value_init)
         scored = recipe.reward is not None or (recipe.root / "reward" / "summary.json").exists()
+        scored = scored or getattr(section, "reward_model", None) is not None
         if isinstance(section, SamplingFields) and not (
-            scored or section.reward_model or section.reward_function or f"{stage}.reward_function" in given
+            scored or section.reward_function or f"{stage}.reward_function" in given
         ):
-            raise nothing_scores(stage)
+            if getattr(section, "environment", None) is None:
+                raise nothing_scores(stage)
+            if getattr(section, "value_init", None) == "reward":
+                raise no_reward_model(stage)
     if "evaluate" in stages and recipe.evaluate is not None:
         check_evaluated(recipe, recipe.evaluate)
+
+
+def no_reward_model(stage: str) -> ConfigError:
+    return ConfigError(
+        f"`{stage}.value_init` = reward, but only the environment scores, which is no model to start from: set "
+        f"`{stage}.value_init` = policy"
+    )
 
 
 def nothing_scores(stage: str) -> ConfigError:
     return ConfigError(
         f"the {stage} stage needs something that scores: a `reward` stage in this recipe, `{stage}.reward_model` "
-        f"(a folder) or `{stage}.reward_function` (module:function)"
+        f"(a folder), `{stage}.reward_function` (module:function), or an `environment` where the method has one"
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from accord.models.layout import Layout
 from accord.models.load import load_reward_model
 from accord.models.sharing import sharing_copy
 from accord.records import TokenCompletion, TokenGroup
-from accord.rewards.scorers import FunctionScorer, ModelScorer, Scorer, load_function
+from accord.rewards.scorers import FunctionScorer, ModelScorer, NoScorer, Scorer, load_function
+from accord.rollout.conversations import Partner
 from accord.rollout.native import NativeSampler
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "holdout_of",
     "judges_of",
     "model_scorer",
+    "partner_of",
     "rollout_models",
     "sampling_layout",
     "starting_model",
@@ -45,8 +47,9 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Judges:
-    """What scores a stage's completions, resolved before its run folder is made: a function, or a reward model's
-    folder; `gold` is logged and never trained on. `sources` is what the result depends on (what -> content hash)."""
+    """What scores a stage's completions, resolved before its run folder is made: a function, a reward model's folder,
+    or neither where an environment gives all rewards; `gold` is logged and never trained on. `sources` is what the
+    result depends on (what -> content hash)."""
 
     function: FunctionScorer | None
     reward_folder: Path | str | None
@@ -57,7 +60,8 @@ class Judges:
         """The scorer, and the reward model behind it when it is one; it shares with the policy what it can."""
         if self.function is not None:
             return self.function, None
-        assert self.reward_folder is not None
+        if self.reward_folder is None:
+            return NoScorer("the environment"), None
         model, tokenizer = reward_model_beside(context, policy, self.reward_folder)
         return model_scorer(context, model, tokenizer, budget, self.reward_folder), model
 
@@ -72,8 +76,20 @@ def judges_of(context: Context, stage: str, section: SamplingFields) -> Judges:
         return Judges(function, None, gold, {"reward function": function.fingerprint} | holdout)
     folder = section.reward_model or stage_model(context, "reward")
     if folder is None:
-        raise nothing_scores(stage)
+        if getattr(section, "environment", None) is None:
+            raise nothing_scores(stage)
+        return Judges(None, None, gold, holdout)
     return Judges(None, folder, gold, {"reward weights": "".join(weights_hash(folder).values())} | holdout)
+
+
+def partner_of(context: Context, stage: str, section: RolloutFields) -> Partner | None:
+    """Whom the policy talks with in this stage: what `environment` names, or the Python object given for it."""
+    if section.environment is None:
+        return None
+    assert section.max_turns is not None
+    given = context.functions.get(f"{stage}.environment")
+    factory = load_function(section.environment, f"{stage}.environment") if given is None else given
+    return Partner(section.environment, factory, section.max_turns, context.recipe.data.max_tokens)
 
 
 def starting_model(context: Context, init: str | None) -> Path | str:
@@ -132,9 +148,13 @@ def rollout_models(
     scorer: Scorer,
     gold: Scorer | None,
     prompts: list[TokenGroup],
+    partner: Partner | None = None,
 ) -> RolloutModels:
     """The cast of a rollout; the reference is a frozen copy of what the policy trains, as it is now, on what it does
     not train; or the policy itself without its adapter."""
+    positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    if partner is not None and positions is not None:
+        partner = replace(partner, max_tokens=min(partner.max_tokens, positions))
     reference = policy.model if has_adapter(policy.model) else sharing_copy(policy.model).requires_grad_(False)
     return RolloutModels(
         policy=policy.model,
@@ -143,15 +163,20 @@ def rollout_models(
         template=policy.template,
         scorer=scorer,
         gold=gold,
-        layout=sampling_layout(context, policy, prompts, section.max_new_tokens, section.samples_per_prompt),
+        layout=sampling_layout(context, policy, prompts, section.max_own_tokens, section.samples_per_prompt),
+        partner=partner,
     )
 
 
 def sampling_layout(
-    context: Context, policy: LoadedPolicy, prompts: list[TokenGroup], max_new_tokens: int, completions: int
+    context: Context, policy: LoadedPolicy, prompts: list[TokenGroup], max_own_tokens: int, completions: int
 ) -> Layout:
     """The layout to learn from sampled completions in, so many of a prompt at a time, after the start-up self-check."""
-    shapes = [TokenGroup(t.prompt_ids, (_filler(t, max_new_tokens),) * completions) for t in prompts[:64]]
+    limit = context.recipe.data.max_tokens
+    shapes = [
+        TokenGroup(t.prompt_ids, (_filler(t, min(max_own_tokens, limit - len(t.prompt_ids))),) * completions)
+        for t in prompts[:64]
+    ]
     return choose_layout(context, policy.model, shapes, policy.pad_id)
 
 

@@ -20,10 +20,11 @@ from accord.methods.watch import Watch, heard
 from accord.models.adapters import adapters_off
 from accord.models.layout import CompletionBatch, Layout, collate
 from accord.models.token_scores import score_tokens
-from accord.records import Group, SampledCompletion, Score, ScoreRequest, TokenCompletion, TokenGroup
+from accord.records import Group, Score, ScoreRequest, TokenGroup
 from accord.rewards.scorers import Scorer, values_of
 from accord.rewards.shaping import Samples, Shaped
-from accord.rollout.native import PromptTokens, Sampler
+from accord.rollout.conversations import Conversation, Opening, Partner, converse
+from accord.rollout.native import Sampler
 from accord.rollout.sampling import Sampling
 
 __all__ = ["Prompt", "Rollout", "RolloutModels", "collect", "first_answers", "padded", "per_token"]
@@ -36,9 +37,11 @@ class Rollout:
     """All completions of one step. C completions in group order, T tokens of the longest.
 
     groups        token groups, each prompt with its sampled completions
-    requests      the same completions as text, in the same order
+    conversations the same as messages, in the same order; without an environment each has one answer
+    requests      the last answers as text, each behind all that came before it
     verdicts      what the scorer said of each; failures are those of prompts that were left out because of them
     shaped        the rewards made of the scores, by term, and which completions are learned from
+    turn_rewards  (C, T) what the environment gave for each answer, at the answer's last token; None without one
     gold          (C,) what the hidden truth says, None without one
     mask          (C, T) bool, True = a token the policy wrote; what others wrote in between is False
     old_logprobs, ref_logprobs  (C, T) nats, 0 where the mask is False
@@ -47,10 +50,12 @@ class Rollout:
     """
 
     groups: tuple[TokenGroup, ...]
+    conversations: tuple[Conversation, ...]
     requests: tuple[ScoreRequest, ...]
     verdicts: tuple[Score, ...]
     failures: tuple[Failure, ...]
     shaped: Shaped
+    turn_rewards: Tensor | None
     gold: Tensor | None
     mask: Tensor
     old_logprobs: Tensor
@@ -66,8 +71,13 @@ class Rollout:
         return torch.tensor([score.value for score in self.verdicts])
 
     @property
+    def earned(self) -> Tensor:
+        """(C,) the scores with what the environment gave."""
+        return self.scores if self.turn_rewards is None else self.scores + self.turn_rewards.sum(1)
+
+    @property
     def finished(self) -> Tensor:
-        """(C,) bool, ended by a stop token."""
+        """(C,) bool, the last answer ended with a stop token."""
         return torch.tensor([request.finished for request in self.requests])
 
     @property
@@ -84,7 +94,8 @@ class Rollout:
 @dataclass(frozen=True, slots=True)
 class RolloutModels:
     """Who takes part in a rollout. The reference may be the policy itself, if it has an adapter: then it is asked
-    without it. `rewards` is what remains of earlier rollouts' scores."""
+    without it. `partner` is the environment of conversations, None for one answer a prompt; `rewards` is what remains
+    of earlier rollouts' scores."""
 
     policy: Any
     reference: Any
@@ -93,6 +104,7 @@ class RolloutModels:
     scorer: Scorer
     gold: Scorer | None
     layout: Layout
+    partner: Partner | None = field(default=None, kw_only=True)
     rewards: RewardState = field(default_factory=RewardState, kw_only=True)
     watch: Watch | None = field(default=None, kw_only=True)
 
@@ -104,17 +116,17 @@ def collect(
     started = time.monotonic()
     sampled = _sampled(models, prompts, section, section.samples_per_prompt, key)
     generated = time.monotonic()
-    asked = [
-        tuple(_request(models, group, tokens, sample) for sample in samples)
-        for (group, tokens), samples in zip(prompts, sampled, strict=True)
-    ]
+    asked = [tuple(_request(models, conversation) for conversation in samples) for samples in sampled]
+    errors = [conversation.error for samples in sampled for conversation in samples]
     with heard(None if models.watch is None else models.watch.head) as states:
-        verdicts = judge(models.scorer, asked, models.rewards.references, section.max_failed_fraction)
+        verdicts = judge(models.scorer, asked, models.rewards.references, section.max_failed_fraction, errors)
     kept, rows = _kept(asked, verdicts)
-    groups = tuple(_with_samples(prompts[p][1], sampled[p]) for p in kept)
+    groups = tuple(_group(prompts[p][1], sampled[p]) for p in kept)
+    conversations = tuple(conversation for p in kept for conversation in sampled[p])
     requests = tuple(request for p in kept for request in asked[p])
-    mask = padded([list(c.mask) for group in groups for c in group.completions], False)
-    sampled_logprobs = padded([list(s.logprobs) for p in kept for s in sampled[p]], 0.0)
+    mask = padded([list(c.completion.mask) for c in conversations], False)
+    sampled_logprobs = padded([list(c.logprobs) for c in conversations], 0.0)
+    turn_rewards = None if models.partner is None else padded([list(c.rewards) for c in conversations], 0.0)
 
     def logprobs(model: Any) -> Tensor:
         return per_token(
@@ -127,10 +139,12 @@ def collect(
         ref_logprobs = logprobs(models.reference)
     return Rollout(
         groups=groups,
+        conversations=conversations,
         requests=requests,
         verdicts=tuple(verdicts.scores[row] for row in rows),
         failures=verdicts.failures,
-        shaped=_shaped(models.rewards, verdicts, rows, groups, requests, section),
+        shaped=_shaped(models.rewards, verdicts, rows, groups, conversations, turn_rewards, section),
+        turn_rewards=turn_rewards,
         gold=None if models.gold is None else torch.tensor(values_of(models.gold, requests)),
         mask=mask,
         old_logprobs=old,
@@ -142,14 +156,14 @@ def collect(
     )
 
 
-def _request(models: RolloutModels, group: Group, tokens: TokenGroup, sample: SampledCompletion) -> ScoreRequest:
-    template = models.template
+def _request(models: RolloutModels, conversation: Conversation) -> ScoreRequest:
+    """The last answer behind all that came before it, with the tokens of every answer."""
     return ScoreRequest(
-        group.prompt,
-        template.decode(sample.ids),
-        sample.finish_reason == "stop",
-        tokens.prompt_id,
-        template.token_texts(sample.ids) if models.scorer.wants_tokens else (),
+        conversation.prompt,
+        conversation.answers[-1],
+        conversation.end != "length",
+        conversation.opening.prompt_id,
+        models.template.token_texts(conversation.own_ids) if models.scorer.wants_tokens else (),
     )
 
 
@@ -176,17 +190,19 @@ def _shaped(
     verdicts: Verdicts,
     rows: Sequence[int],
     groups: Sequence[TokenGroup],
-    requests: Sequence[ScoreRequest],
+    conversations: Sequence[Conversation],
+    turn_rewards: Tensor | None,
     section: RolloutFields,
 ) -> Shaped:
     """The rewards of the completions at `rows`, which are those of `groups`."""
     ends = accumulate((len(group.completions) for group in groups), initial=0)
     samples = Samples(
-        [request.completion for request in requests],
+        [conversation.text for conversation in conversations],
         [range(*pair) for pair in pairwise(ends)],
         torch.tensor([sum(c.mask) for group in groups for c in group.completions]),
-        torch.tensor([request.finished for request in requests]),
+        torch.tensor([conversation.end != "length" for conversation in conversations]),
         [verdicts.references[row] for row in rows],
+        None if turn_rewards is None else turn_rewards.sum(1),
     )
     return state.shape(torch.tensor([verdicts.scores[row].value for row in rows]), samples, section)
 
@@ -196,15 +212,15 @@ def first_answers(
 ) -> tuple[ScoreRequest, ...]:
     """One answer of the policy as it is to each prompt, for a watch."""
     sampled = _sampled(models, prompts, section, 1, key)
-    return tuple(_request(models, *prompt, sample) for prompt, (sample,) in zip(prompts, sampled, strict=True))
+    return tuple(_request(models, conversation) for (conversation,) in sampled)
 
 
 def _sampled(
     models: RolloutModels, prompts: Sequence[Prompt], section: RolloutFields, n: int, key: tuple[int | str, ...]
-) -> list[tuple[SampledCompletion, ...]]:
+) -> list[tuple[Conversation, ...]]:
     sampling = Sampling(section.max_new_tokens, section.temperature, stop_ids=models.template.stop_ids)
-    asked = [PromptTokens(tokens.prompt_ids, tokens.prompt_id) for _, tokens in prompts]
-    return models.sampler.generate(asked, n, sampling, key)
+    openings = [Opening(group.prompt, tokens.prompt_ids, tokens.prompt_id) for group, tokens in prompts]
+    return converse(models.sampler, models.template, openings, n, sampling, key, models.partner)
 
 
 def per_token(
@@ -234,6 +250,6 @@ def padded(rows: list[list[Any]], fill: Any) -> Tensor:
     return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
 
 
-def _with_samples(tokens: TokenGroup, samples: Sequence[SampledCompletion]) -> TokenGroup:
-    completions = tuple(TokenCompletion(s.ids, (True,) * len(s.ids)) for s in samples)
-    return TokenGroup(tokens.prompt_ids, completions, tokens.prompt_id, tokens.origin)
+def _group(tokens: TokenGroup, samples: Sequence[Conversation]) -> TokenGroup:
+    """The samples of a prompt, behind what their conversations began with."""
+    return TokenGroup(samples[0].opening.ids, tuple(c.completion for c in samples), tokens.prompt_id, tokens.origin)

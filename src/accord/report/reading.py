@@ -282,14 +282,20 @@ def _metrics(rows: list[dict[str, Any]]) -> dict[str, Points]:
 
 
 def _sample(row: dict[str, Any]) -> Sample:
-    known = {"step", "prompt", "completion", "score"}
+    known = {"step", "prompt", "completion", "messages", "score"}
+    messages = row.get("messages")
     return Sample(
         step=int(row["step"]),
         prompt=str(row["prompt"]),
-        completion=str(row["completion"]),
+        completion=str(row["completion"]) if messages is None else _transcript(messages),
         score=_optional(row.get("score")),
         notes=tuple(_note(key, value) for key, value in row.items() if key not in known),
     )
+
+
+def _transcript(messages: list[dict[str, str]]) -> str:
+    """A conversation to read: each turn behind the one who spoke."""
+    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
 
 
 def _note(key: str, value: Any) -> str:

@@ -5,7 +5,8 @@ What it reads. Every file and every key marked * may be missing; what is missing
     config.yaml     shown as it is
     run.json        free form: versions, command, seed, hardware, ...; shown as a table with dotted keys
     metrics.jsonl   {"step": int, "<declared metric>": number | null, ...}; null and NaN are gaps in the curve
-    samples.jsonl   {"step": int, "prompt": str, "completion": str, "score"*: number | null, <anything else>}
+    samples.jsonl   {"step": int, "prompt": str, "completion": str, "score"*: number | null, <anything else>};
+                    of a conversation, "completion" is the last answer and messages* [{role, content}] all that was said
     summary.json    written last, so a folder without it is a run in progress:
         stage*          str, which stage this is: sft, reward, ppo, evaluate, ...
         seconds*        number

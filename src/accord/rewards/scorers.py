@@ -24,10 +24,12 @@ from accord.records import Completion, Group, Message, Score, ScoreRequest, cont
 __all__ = [
     "FunctionScorer",
     "ModelScorer",
+    "NoScorer",
     "RewardFunction",
     "Scorer",
     "TokenFunctionScorer",
     "failures_of",
+    "fingerprint",
     "load_function",
     "plain",
     "values_of",
@@ -95,7 +97,8 @@ class FunctionScorer:
     """A Python function f(prompt, completion) -> float.
 
     `prompt` is the text of a single-message prompt, or a list of {"role", "content"} for longer ones. A function with a
-    parameter `finished` is also told whether the answer ended by itself (False: it was cut by the length limit).
+    parameter `finished` is also told whether the answer ended by itself (False: it was cut by the length limit); one
+    with a parameter `messages` is given the whole conversation, answer included, as a list of {"role", "content"}.
     `fingerprint` is a hash of its source (of its bytecode where there is none): an edited function is another run's.
     """
 
@@ -104,14 +107,15 @@ class FunctionScorer:
     def __init__(self, function: RewardFunction, name: str) -> None:
         self.name = name
         self._function = function
-        self.fingerprint = _fingerprint(function)
-        self._wants_finished = "finished" in inspect.signature(function).parameters
+        self.fingerprint = fingerprint(function)
+        self._wanted = inspect.signature(function).parameters.keys() & {"finished", "messages"}
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         return [self._one(request) for request in requests]
 
     def _one(self, request: ScoreRequest) -> Score:
-        extra = {"finished": request.finished} if self._wants_finished else {}
+        known = {"finished": request.finished, "messages": _turns(request)}
+        extra = {name: known[name] for name in self._wanted}
         try:
             value = _number(self._function(plain(request.prompt), request.completion, **extra))
         except (Exception, SystemExit) as error:  # the user's code may raise anything: a counted, named failure
@@ -130,7 +134,7 @@ class TokenFunctionScorer:
     def __init__(self, function: RewardFunction, name: str) -> None:
         self.name = name
         self._function = function
-        self.fingerprint = _fingerprint(function)
+        self.fingerprint = fingerprint(function)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         return [self._one(request) for request in requests]
@@ -144,6 +148,18 @@ class TokenFunctionScorer:
             return Score(None, f"returned {len(rewards)} rewards for {len(request.tokens)} tokens")
         bad = [value for value in rewards if not math.isfinite(value)]
         return Score(None, f"returned {bad[0]} for a token") if bad else Score(math.fsum(rewards), tokens=rewards)
+
+
+class NoScorer:
+    """Where the rewards of an environment are all there is: nothing is added to them."""
+
+    wants_tokens = False
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        return [Score(0.0) for _ in requests]
 
 
 def failures_of(
@@ -191,12 +207,19 @@ def load_function(spec: str, key: str) -> RewardFunction:
     return function
 
 
-def _fingerprint(function: RewardFunction) -> str:
+def fingerprint(function: Callable[..., Any]) -> str:
+    """A hash of a function's or a class's source (of its bytecode where there is none)."""
     try:
         text = inspect.getsource(function)
     except (OSError, TypeError):
         text = repr(getattr(getattr(function, "__code__", None), "co_code", type(function).__qualname__))
     return f"{content_id(text):016x}"
+
+
+def _turns(request: ScoreRequest) -> list[dict[str, str]]:
+    """The conversation up to its last answer."""
+    turns = (*request.prompt, Message("assistant", request.completion))
+    return [{"role": m.role, "content": m.content} for m in turns]
 
 
 def plain(prompt: Sequence[Message]) -> Any:

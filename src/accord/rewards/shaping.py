@@ -8,6 +8,7 @@
     repetition   less the share of repeated n-grams                              shaping.repetition_penalty
     diversity    plus the share of n-grams the prompt's other samples lack       shaping.diversity_bonus
     truncation   what it costs to be cut by length                               shaping.truncation
+    environment  plus what the environment of a conversation gave                environment
 
 so score + sum of terms = reward. What a method subtracts for leaving the reference model comes after.
 
@@ -47,9 +48,10 @@ _SMALLEST_SPREAD = 1e-4
 class Samples:
     """What shaping looks at besides the scores, C completions.
 
-    texts       the completions; groups  the places of each prompt's completions
+    texts       what the policy wrote; groups  the places of each prompt's completions
     lengths     (C,) tokens, end token included; finished (C,) bool, False = cut by length
     references  the scores of each completion's reference answers, all empty where shaping asks for none
+    earned      (C,) what an environment gave; None without one
     """
 
     texts: Sequence[str]
@@ -57,6 +59,7 @@ class Samples:
     lengths: Tensor
     finished: Tensor
     references: Sequence[tuple[float, ...]] = ()
+    earned: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +185,8 @@ def shape(scores: Tensor, samples: Samples, section: RolloutFields, moments: Mom
         becomes("truncation", torch.where(cut, torch.full_like(rewards, -penalty), rewards))
     elif shaping.truncation == "penalise" and penalty > 0:
         becomes("truncation", rewards - penalty * cut)
+    if samples.earned is not None:
+        becomes("environment", rewards + samples.earned)
     learned = samples.finished if shaping.truncation == "leave_out" else torch.ones_like(samples.finished)
     return Shaped(rewards, terms, learned)
 
@@ -203,7 +208,7 @@ def _prices(samples: Samples, section: RolloutFields) -> dict[str, Tensor]:
     if shaping.overlong_buffer > 0:
         terms["overlong"] = overlong_penalty(
             samples.lengths,
-            longest=section.max_new_tokens,
+            longest=section.max_own_tokens,
             buffer=shaping.overlong_buffer,
             penalty=shaping.overlong_penalty,
         )
