@@ -1,252 +1,158 @@
-"""The parts of `accord loop` by themselves: the stop rule, sheets and labels, simulated people, prompts, refusals."""
+"""The training loop with a trainer that counts: what it saves, what it continues from, and when a signal stops it."""
 
 from __future__ import annotations
 
+import io
 import json
-import math
+import os
+import signal
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
+from rich.console import Console
 
-from accord.config import recipe_from
-from accord.errors import ConfigError, DataError, LabelsWanted
-from accord.loop.labellers import ScoreLabeller
-from accord.loop.plan import check_loop, left_out, loop_table, round_prompts
-from accord.loop.rule import Standing, standing
-from accord.loop.sheet import (
-    Pair,
-    comparisons,
-    outcomes,
-    read_choices,
-    read_labels,
-    read_pairs,
-    write_labels,
-    write_pairs,
-    write_sheet,
-)
-from accord.methods.corpus import Corpus, Part
-from accord.records import Group, Interval, Message
-from accord.rewards.scorers import FunctionScorer
-from stages_support import answers_to
+from accord.errors import Terminated
+from accord.training.loop import Captured, Ended, StepOutcome, run_training
+from accord.training.runfolder import RunFolder
 
 
-def pair(name: str, a: str = "yes", b: str = "no", writers: tuple[int, int] = (1, 1), prompt: str = "ask") -> Pair:
-    return Pair(name, (Message("user", prompt),), a, b, writers)
+class Adder:
+    """Its state is the sum of the steps it has seen. `signals`: at which (phase, step) it sends SIGTERM to itself."""
+
+    stage = "adder"
+    keep_checkpoints = 2
+
+    def __init__(
+        self, *, total_steps: int = 6, checkpoint_every: int = 100, signals: tuple[str, int] = ("", 0)
+    ) -> None:
+        self.total_steps, self.checkpoint_every = total_steps, checkpoint_every
+        self.total = torch.zeros(1, dtype=torch.float64)
+        self.seen: list[int] = []
+        self._signals = signals
+
+    def step(self, step: int) -> StepOutcome:
+        self._signal("step", step)
+        self.total += step
+        self.seen.append(step)
+        return StepOutcome({"train/loss": float(self.total)})
+
+    def capture(self) -> Captured:
+        self._signal("save", self.seen[-1])
+        return Captured({"adder": {"total": self.total}}, {"seen": list(self.seen)})
+
+    def restore(self, captured: Captured) -> None:
+        self.total = captured.tensors["adder"]["total"]
+        self.seen = captured.values["seen"]
+
+    def _signal(self, *moment: str | int) -> None:
+        if moment == self._signals:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
-# --- when it stops ---------------------------------------------------------------------------------------------------
-
-BETTER, UNSURE, WORSE = Interval(0.6, 0.51, 0.7, 9), Interval(0.6, 0.5, 0.7, 9), Interval(0.3, 0.2, 0.4, 9)
-
-
-@pytest.mark.parametrize(
-    ("rates", "patience", "expected"),
-    [
-        ([], 1, Standing(0, 0, False)),
-        ([BETTER], 1, Standing(1, 0, False)),
-        ([UNSURE], 1, Standing(0, 1, True)),
-        ([UNSURE], 2, Standing(0, 1, False)),
-        ([BETTER, BETTER, WORSE], 1, Standing(2, 1, True)),
-        ([UNSURE, BETTER, WORSE], 2, Standing(2, 1, False)),
-        ([BETTER, UNSURE, WORSE], 2, Standing(1, 2, True)),
-    ],
-)
-def test_the_result_is_the_last_policy_shown_to_be_better(
-    rates: list[Interval], patience: int, expected: Standing
-) -> None:
-    assert standing(rates, patience) == expected
+def train(trainer: Adder, folder: Path) -> str:
+    """What is said."""
+    text = io.StringIO()
+    ended(trainer, folder, Console(file=text, width=200))
+    return text.getvalue()
 
 
-# --- sheets and labels -----------------------------------------------------------------------------------------------
+def ended(trainer: Adder, folder: Path, console: Console | None = None) -> Ended:
+    with RunFolder.open(folder, resolved_config={"stage": "adder"}, fingerprints={}) as run:
+        return run_training(trainer, run, console or Console(quiet=True))
 
 
-@pytest.fixture
-def asked(tmp_path: Path) -> tuple[Path, list[Pair]]:
-    pairs = [pair("1", "yes", "no"), pair("2", "\u4f60\u597d", "\u2028\x00"), pair("3", "same", "same"), pair("4", "")]
-    write_sheet(tmp_path / "sheet.jsonl", pairs)
-    return tmp_path / "sheet.jsonl", pairs
+def logged(folder: Path) -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["train/loss"]) for row in rows]
 
 
-def rows(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_bytes().decode().split("\n") if line]
+WHOLE = [(1, 1.0), (2, 3.0), (3, 6.0), (4, 10.0), (5, 15.0), (6, 21.0)]
 
 
-def write(file: Path, found: list[dict[str, Any]]) -> None:
-    file.write_text("".join(json.dumps(row) + "\n" for row in found))
+def test_every_step_is_logged_and_the_last_one_saved(tmp_path: Path) -> None:
+    train(Adder(checkpoint_every=4), tmp_path)
+    assert logged(tmp_path) == WHOLE
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
 
 
-def test_a_sheet_has_the_pairs_that_can_be_told_apart_and_nothing_of_who_wrote_them(
-    asked: tuple[Path, list[Pair]],
-) -> None:
-    file, _ = asked
-    assert [row["id"] for row in rows(file)] == ["1", "2", "4"]
-    assert all(list(row) == ["id", "prompt", "a", "b", "choice"] and row["choice"] is None for row in rows(file))
-    assert len(file.read_bytes().splitlines()) == 3
+def test_steps_after_the_last_checkpoint_are_done_again_and_logged_once(tmp_path: Path) -> None:
+    class Broken(Adder):
+        def step(self, step: int) -> StepOutcome:
+            if step == 4:
+                raise KeyboardInterrupt
+            return super().step(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Broken(checkpoint_every=2), tmp_path)
+    assert logged(tmp_path) == WHOLE[:3]
+    trainer = Adder(checkpoint_every=2)
+    assert "continuing adder after step 2 of 6" in train(trainer, tmp_path)
+    assert logged(tmp_path) == WHOLE
+    assert trainer.seen == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_filled_sheet_gives_its_choices_in_the_order_of_the_pairs(asked: tuple[Path, list[Pair]]) -> None:
-    file, pairs = asked
-    words = {"1": " B ", "2": "a", "4": "TIE"}
-    filled = [row | {"choice": words[row["id"]], "note": "hard"} for row in rows(file)]
-    write(file, filled[::-1])
-    assert list(read_choices(file, pairs).items()) == [("1", "b"), ("2", "a"), ("4", "tie")]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"choice": "c"}, "sheet.jsonl:2: `choice` is 'c'; expected"),
-        ({"choice": 1}, "sheet.jsonl:2: `choice` is 1; expected"),
-        ({"id": "9"}, "sheet.jsonl:2: the id '9' is not on this sheet"),
-        ({"id": "1"}, "sheet.jsonl:2: the id '1' stands at line 1 already"),
-        ({"a": "other"}, "sheet.jsonl:2: `a` is not the text that was to be judged"),
-        ({"prompt": "other"}, "sheet.jsonl:2: `prompt` is not the text"),
-        (None, "1 of 3 rows are missing, the first with id '2'"),
-    ],
-)
-def test_a_sheet_that_is_no_longer_what_was_asked_is_refused(
-    asked: tuple[Path, list[Pair]], change: dict[str, Any] | None, message: str
-) -> None:
-    file, pairs = asked
-    filled = [row | {"choice": "a"} for row in rows(file)]
-    write(file, [filled[0], *([] if change is None else [filled[1] | change]), filled[2]])
-    with pytest.raises(DataError) as error:
-        read_choices(file, pairs)
-    assert message in str(error.value)
-
-
-@pytest.mark.parametrize(("line", "message"), [("{", "not valid JSON"), ("[]", "found list")])
-def test_a_line_that_is_no_row_is_named(asked: tuple[Path, list[Pair]], line: str, message: str) -> None:
-    file, pairs = asked
-    file.write_text(line + "\n")
-    with pytest.raises(DataError, match=rf"sheet.jsonl:1: {message}"):
-        read_choices(file, pairs)
-
-
-def test_rows_still_to_be_filled_in_are_counted(asked: tuple[Path, list[Pair]]) -> None:
-    file, pairs = asked
-    write(file, [row | {"choice": choice} for row, choice in zip(rows(file), ("a", None, ""), strict=True)])
-    with pytest.raises(LabelsWanted, match=r"2 of 3 pairs to label in .*sheet.jsonl \(the first at line 2\)") as error:
-        read_choices(file, pairs)
-    assert error.value.exit_code == 4
-
-
-def test_pairs_and_labels_come_back_as_they_were_written(tmp_path: Path) -> None:
-    longer = (Message("user", "a"), Message("assistant", "b"), Message("user", "\udcff"))
-    pairs = [pair("1"), Pair("2", longer, "x\u2028y", "z", (2, 0), (True, False))]
-    write_pairs(tmp_path / "pairs.jsonl", pairs)
-    assert read_pairs(tmp_path / "pairs.jsonl") == pairs
-    write_labels(tmp_path / "labels.jsonl", {"1": "a", "2": "tie"})
-    assert read_labels(tmp_path / "labels.jsonl") == {"1": "a", "2": "tie"}
-
-
-def test_comparisons_have_the_chosen_answer_first_and_neither_ties_nor_held_out_pairs() -> None:
-    pairs = [pair("1"), pair("2"), pair("3"), pair("4", writers=(2, 1))]
-    found = comparisons(pairs, {"1": "a", "2": "b", "3": "tie", "4": "a"})
-    assert [[(c.text, c.rank) for c in group.completions] for group in found] == [
-        [("yes", 0), ("no", 1)],
-        [("no", 0), ("yes", 1)],
-    ]
-
-
-def test_wins_are_the_newest_policys_on_whichever_side_it_stood_and_equal_answers_are_ties() -> None:
-    held = [
-        pair("1", writers=(2, 0)), pair("2", writers=(0, 2)), pair("3", writers=(0, 2)), pair("4", writers=(2, 0)),
-        pair("5", "same", "same", writers=(0, 2)), pair("6", writers=(2, 2)),
-    ]  # fmt: skip
-    wins, prompts = outcomes(held, {"1": "a", "2": "a", "3": "b", "4": "tie", "6": "a"}, newest=2)
-    assert wins == [1.0, 0.0, 1.0, 0.5, 0.5]
-    assert len(prompts) == 5
-
-
-# --- simulated people ------------------------------------------------------------------------------------------------
-
-
-def test_simulated_people_choose_as_bradley_terry_and_always_the_same(tmp_path: Path) -> None:
-    """Differences of 1 at scale 0.5: P(a) = sigmoid(2) = 0.881."""
-    scorer = FunctionScorer(lambda prompt, completion: float(completion), "truth")
-    pairs = [pair(str(i), "1", "0", prompt=f"ask {i}") for i in range(2000)]
-    labeller = ScoreLabeller(scorer, 0.5, seed=0)
-    choices = labeller.choose(pairs, tmp_path)
-    share = sum(choice == "a" for choice in choices.values()) / len(choices)
-    expected = 1 / (1 + math.exp(-2))
-    assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / 2000)
-    assert labeller.choose(pairs[::-1], tmp_path) == choices
-    assert ScoreLabeller(scorer, 0.5, seed=1).choose(pairs, tmp_path) != choices
-
-
-def test_without_a_scale_the_better_answer_is_chosen_and_equal_ones_tie(tmp_path: Path) -> None:
-    scorer = FunctionScorer(lambda prompt, completion: float(completion), "truth")
-    pairs = [pair("1", "1", "0"), pair("2", "0", "1"), pair("3", "1", "1.0")]
-    assert ScoreLabeller(scorer, None, seed=0).choose(pairs, tmp_path) == {"1": "a", "2": "b", "3": "tie"}
-
-
-# --- prompts, and what is refused ------------------------------------------------------------------------------------
-
-
-def test_no_prompt_comes_twice_while_there_are_others() -> None:
-    asked = [round_prompts(number, 3, 10, seed=0) for number in range(1, 7)]
-    assert all(len(set(chosen)) == 3 for chosen in asked)
-    for first in (0, 3):
-        assert len({index for chosen in asked[first : first + 3] for index in chosen}) == 9
-    assert asked[:3] != asked[3:]
-
-
-def corpus(count: int = 40) -> Corpus:
-    return Corpus(
-        preferences=Part.of(
-            [answers_to(f"ask {i}", ("a", {"rank": 0}), ("b", {"rank": 1})) for i in range(count)], "pairs"
-        )
-    )
-
-
-PPO = {"prompts_per_step": 4, "minibatches": 2, "max_new_tokens": 8}
-GOOD: dict[str, Any] = {
-    "model": {"path": "quickstart"},
-    "data": {"holdout": 0.3},
-    "reward": {},
-    "ppo": PPO,
-    "loop": {"comparisons": 20, "holdout_pairs": 5},
-}
+def test_a_finished_training_does_no_step_again(tmp_path: Path) -> None:
+    train(Adder(), tmp_path)
+    train(Adder(signals=("step", 6)), tmp_path)
+    assert logged(tmp_path) == WHOLE
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"ppo": None}, "the recipe has none: add one of the sections ppo, rloo"),
-        ({"rloo": PPO}, "has `ppo` and `rloo`: keep one"),
-        ({"reward": None}, "add a `reward:` section"),
-        ({"ppo": PPO | {"init": "x"}}, "`ppo.init` is set, but the loop chooses"),
-        ({"ppo": PPO | {"reward_model": "x"}}, "`ppo.reward_model` is set"),
-        ({"ppo": PPO | {"reward_function": "a:b", "value_init": "policy"}}, "`ppo.reward_function` is set"),
-        ({"loop": {"labeller": "function"}}, "needs `loop.label_function`"),
-        ({"loop": {"comparisons": 41, "holdout_pairs": 5}}, "there are only 40 distinct prompts"),
-        ({"loop": {"comparisons": 20, "holdout_pairs": 30}}, r"prompts are held out: lower it, raise `data.holdout`"),
-        ({"loop": {"comparisons": 20, "holdout_pairs": 5}, "reward": {"init": "nope"}}, "nope: no such folder"),
-    ],
+    ("signals", "stops_after"),
+    [(("step", 1), 1), (("step", 3), 3), (("save", 4), 5), (("step", 6), 6), (("save", 6), 6)],
 )
-def test_a_loop_that_could_not_work_is_refused_before_it_starts(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        check_loop(recipe_from(GOOD | changes), corpus())
+def test_a_signal_at_any_moment_stops_after_saving_and_is_never_lost(
+    tmp_path: Path, signals: tuple[str, int], stops_after: int
+) -> None:
+    """Even one that comes while the last state is being saved: whoever sent it waits for the process to end."""
+    with pytest.raises(Terminated, match=f"signal 15 at adder step {stops_after} of 6") as stopped:
+        train(Adder(checkpoint_every=4, signals=signals), tmp_path)
+    assert stopped.value.exit_code == 143
+    trainer = Adder(checkpoint_every=4)
+    assert f"after step {stops_after} of 6" in train(trainer, tmp_path)
+    assert logged(tmp_path) == WHOLE
+    assert float(trainer.total) == 21
 
 
-def test_keys_that_the_labeller_would_not_read_are_contradictions() -> None:
-    for key, value in (("label_function", "a:b"), ("label_scale", 1.0)):
-        with pytest.raises(ConfigError, match=rf"`loop.{key}` is read only by `loop.labeller` = function"):
-            recipe_from(GOOD | {"loop": {key: value}})
+def test_a_metric_that_is_no_number_this_step_is_left_out_of_the_line(tmp_path: Path) -> None:
+    class Unmeasured(Adder):
+        def step(self, step: int) -> StepOutcome:
+            super().step(step)
+            return StepOutcome({"train/loss": float("nan"), "train/grad_norm": 1.0})
+
+    train(Unmeasured(total_steps=1), tmp_path)
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert row.keys() == {"step", "train/grad_norm", "time/step_seconds", "time/step_cpu_seconds"}
 
 
-def test_the_plan_counts_labels_and_names_what_is_left_out() -> None:
-    recipe = recipe_from(GOOD | {"evaluate": {}, "dpo": {}})
-    check_loop(recipe, corpus())
-    assert left_out(recipe) == ["dpo", "evaluate"]
-    table = loop_table(recipe, corpus())
-    assert list(table.columns[2].cells) == ["at most 60", "at most 80", "at most 100", ""]
+class Stopping(Adder):
+    """Its total exceeds a budget of 9 in step 4."""
+
+    def step(self, step: int) -> StepOutcome:
+        outcome = super().step(step)
+        return replace(outcome, ending="the total exceeded 9" if self.total > 9 else None)
 
 
-def test_a_prompt_with_several_messages_is_shown_as_messages(tmp_path: Path) -> None:
-    prompt = (Message("system", "be kind"), Message("user", "ask"))
-    write_sheet(tmp_path / "sheet.jsonl", [Pair("1", prompt, "a", "b", (0, 0))])
-    assert rows(tmp_path / "sheet.jsonl")[0]["prompt"][0] == {"role": "system", "content": "be kind"}
-    assert Pair("1", prompt, "a", "b", (0, 0)).prompt_id == Group(prompt).prompt_id
+def test_a_step_that_ends_the_training_is_the_last_one_and_stays_it(tmp_path: Path) -> None:
+    assert ended(Stopping(), tmp_path) == Ended(4, "the total exceeded 9")
+    assert logged(tmp_path) == WHOLE[:4]
+    again = Stopping()
+    assert ended(again, tmp_path) == Ended(4, "the total exceeded 9")
+    assert again.seen == [1, 2, 3, 4]
+    assert logged(tmp_path) == WHOLE[:4]
+
+
+def test_a_training_that_runs_to_its_last_step_did_not_end_early(tmp_path: Path) -> None:
+    assert ended(Adder(), tmp_path) == ended(Adder(), tmp_path) == Ended(6)
+
+
+@pytest.mark.parametrize("signals", [("step", 4), ("save", 4)])
+def test_a_signal_during_the_step_that_ends_the_training_loses_no_ending(
+    tmp_path: Path, signals: tuple[str, int]
+) -> None:
+    with pytest.raises(Terminated, match="at adder step 4 of 6"):
+        train(Stopping(signals=signals), tmp_path)
+    assert ended(Stopping(), tmp_path) == Ended(4, "the total exceeded 9")
+    assert logged(tmp_path) == WHOLE[:4]
