@@ -148,7 +148,10 @@ def run_reward(context: Context) -> dict[str, Any]:
         layout = choose_layout(context, policy.model, [c.tokens for c in items], policy.pad_id)
         # Length decorrelation takes a head more, the last one, for as long as the model trains.
         heads = section.heads + (1 if section.length_decorrelation else 0)
+        # Nobody needs the policy any more: frozen, it gives its trunk to the reward model instead of a copy.
+        policy.model.requires_grad_(False)
         model = reward_model_from(policy.model, torch_seed(context.seed, "reward-head"), heads=heads)
+        model.requires_grad_(True)
         adapt(context, model, "reward")
         reading: dict[str, Any] = {"layout": layout, "pad_id": policy.pad_id, "budget": section.micro_batch_tokens}
 
