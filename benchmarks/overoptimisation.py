@@ -217,11 +217,11 @@ def _best_of_n(out: Path, scale: Scale, seed: str) -> None:
     """Sample once, let the gold standard and every reward model judge the same answers; (P, n) arrays in one file."""
     from rich.console import Console
 
-    from accord.config import recipe_from
+    from accord.config import BestOfNConfig, recipe_from
     from accord.demos import quickstart
     from accord.methods.candidates import Drawing, draw
     from accord.methods.context import Context, LoadedPolicy
-    from accord.methods.roles import function_scorer, model_scorer
+    from accord.methods.judges import function_scorer, model_scorer
     from accord.models.load import load_reward_model
     from accord.rewards.scorers import values_of
     from accord.rollout.native import NativeSampler
@@ -239,7 +239,7 @@ def _best_of_n(out: Path, scale: Scale, seed: str) -> None:
     prompts = _tokens(policy, groups)
     sampling = Sampling(quickstart.MAX_NEW_TOKENS, stop_ids=policy.template.stop_ids)
     drawing = Drawing(NativeSampler(policy.model, pad_id=policy.pad_id), policy.template, gold, None)
-    drawn = draw(drawing, prompts, scale.n, sampling, ("bestofn", int(seed)))
+    drawn = draw(drawing, prompts, scale.n, sampling, BestOfNConfig(), ("bestofn", int(seed)))
     judged = {"gold": drawn.scores}
     flat = [request for row in drawn.requests for request in row]
     for size in SIZES:

@@ -40,7 +40,14 @@ def judged(*, penalty: float = 1.0, gold: Any = None, scores: Any = SCORES) -> J
     tokens = np.ones(values.shape, dtype=np.int64)
     rewards = values - penalty * ~finished
     return Judged(
-        groups, TEXTS[: len(scores)], tokens, finished, values, rewards, None if gold is None else np.array(gold)
+        groups,
+        TEXTS[: len(scores)],
+        tokens,
+        finished,
+        values,
+        rewards,
+        np.ones_like(finished),
+        None if gold is None else np.array(gold),
     )
 
 
@@ -124,7 +131,8 @@ def test_many_answers_make_a_curve_that_can_be_drawn() -> None:
     draw = np.random.default_rng(0).normal(size=(3, 300))
     groups = tuple(Group((Message("user", f"p{i}"),)) for i in range(3))
     texts = [[str(x) for x in row] for row in draw]
-    many = Judged(groups, texts, np.ones((3, 300), np.int64), np.ones((3, 300), bool), draw, draw, None)
+    ones = np.ones((3, 300), bool)
+    many = Judged(groups, texts, np.ones((3, 300), np.int64), ones, draw, draw, ones, None)
     (series,) = bestofn_summary(many, "s", 3, 3)["curves"][0]["series"]
     assert len(series["x"]) < 70 and series["x"][0] == 1 and series["x"][-1] == 300
 

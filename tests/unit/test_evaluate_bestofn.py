@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from accord.config import recipe_from
+from accord.config import BestOfNConfig, recipe_from
 from accord.data.templates import Template
 from accord.errors import CheckpointError, ConfigError
 from accord.evaluation.compare import BestOf, Contestant, answers_of
@@ -47,6 +47,11 @@ def uneven(prompt: str, completion: str) -> float:
 SCORER = FunctionScorer(uneven, "uneven")
 
 
+def best_of(n: int, penalty: float) -> BestOf:
+    section = BestOfNConfig(missing_eos_penalty=penalty)
+    return BestOf(SCORER, section.model_copy(update={"n": n}))  # a section has at least 2
+
+
 def contestant(best_of: BestOf | None) -> Contestant:
     return Contestant("a", tiny_model("gpt2", seed=1), Template.of(word_tokenizer(), "auto"), best_of)
 
@@ -68,12 +73,12 @@ def test_of_n_samples_the_first_with_the_highest_penalised_score_is_the_answer(p
         fined = [uneven("", template.decode(s.ids)) - penalty * (s.finish_reason == "length") for s in row]
         expected.append(row[fined.index(max(fined))])
     assert {s.finish_reason for row in drawn(9) for s in row} == {"stop", "length"}
-    found = answered(BestOf(9, SCORER, 1.0, penalty))
+    found = answered(best_of(9, penalty))
     assert found == tuple(expected) != answered(None)
 
 
 def test_the_answer_is_what_the_judges_are_shown() -> None:
-    found = answers_of(contestant(BestOf(9, SCORER, 1.0, 0.0)), prompts(), SAMPLING, {"judge": SCORER}, ("evaluate", 0))  # type: ignore[dict-item]
+    found = answers_of(contestant(best_of(9, 0.0)), prompts(), SAMPLING, {"judge": SCORER}, ("evaluate", 0))  # type: ignore[dict-item]
     template = Template.of(word_tokenizer(), "auto")
     for sample, request, tokens, score in zip(
         found.sampled, found.requests, found.tokens, found.scores["judge"], strict=True
@@ -84,12 +89,12 @@ def test_the_answer_is_what_the_judges_are_shown() -> None:
 
 
 def test_the_best_of_one_is_the_policys_own_answer() -> None:
-    assert answered(BestOf(1, SCORER, 1.0, 1.0)) == answered(None)
+    assert answered(best_of(1, 1.0)) == answered(None)
 
 
 def test_it_samples_at_its_own_temperature_also_where_the_others_are_greedy() -> None:
     greedy = replace(SAMPLING, temperature=0.0)
-    assert answered(BestOf(9, SCORER, 1.0, 1.0), greedy) == answered(BestOf(9, SCORER, 1.0, 1.0))
+    assert answered(best_of(9, 1.0), greedy) == answered(best_of(9, 1.0))
 
 
 # --- the stage -------------------------------------------------------------------------------------------------------

@@ -396,6 +396,7 @@ ELSEWHERE = {
     "init", "reward_model", "holdout_reward_model", "reward_function", "gold_function", "checkpoint_every",
     "keep_checkpoints", "samples_every",
     "episodes", "micro_batch_tokens", "max_failed_fraction", "environment", "max_turns",
+    "scorers",
 }  # fmt: skip
 
 

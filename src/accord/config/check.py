@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import get_args
 
+from accord.config.check_scorers import scorer_contradictions
 from accord.config.loop import LoopConfig
 from accord.config.offline import MARGIN_FREE, DPOConfig, KTOConfig, PairLoss, RewardConfig
 from accord.config.online import (
@@ -98,13 +99,19 @@ def _methods(recipe: Recipe) -> list[str]:
 
 
 def _sampling(stage: str, section: SamplingFields) -> list[str]:
-    if section.reward_model is not None and section.reward_function is not None:
-        return [f"`{stage}.reward_model` and `{stage}.reward_function` are both set: keep the one that scores"]
-    return []
+    named = [key for key in ("reward_model", "reward_function") if getattr(section, key) is not None]
+    problems = []
+    if len(named) == 2:
+        problems.append(f"`{stage}.reward_model` and `{stage}.reward_function` are both set: keep the one that scores")
+    if section.scorers and named:
+        problems.append(
+            f"`{stage}.{named[0]}` and `{stage}.scorers` are both set: make it one of the scorers, or drop the others"
+        )
+    return problems + _shaping(stage, section) + scorer_contradictions(stage, section)
 
 
 def _rollout(stage: str, section: RolloutFields) -> list[str]:
-    problems = _shaping(stage, section) + _conversation(stage, section)
+    problems = _conversation(stage, section)
     if section.minibatches > section.prompts_per_step:
         problems.append(
             f"`{stage}.minibatches` = {section.minibatches} is more than `{stage}.prompts_per_step` = "
@@ -131,7 +138,7 @@ def _conversation(stage: str, section: RolloutFields) -> list[str]:
     return problems
 
 
-def _shaping(stage: str, section: RolloutFields) -> list[str]:
+def _shaping(stage: str, section: SamplingFields) -> list[str]:
     """Keys of `shaping` that nothing would read, and those that the rest of the section makes impossible."""
     shaping, key = section.shaping, f"{stage}.shaping"
     unread = {
@@ -149,7 +156,14 @@ def _shaping(stage: str, section: RolloutFields) -> list[str]:
             f"`{key}.overlong_buffer` = {shaping.overlong_buffer} is more than `{stage}.max_new_tokens` = "
             f"{section.max_new_tokens}: it is the last part of it"
         )
-    if shaping.diversity_bonus > 0 and section.samples_per_prompt < 2:
+    if not isinstance(section, RolloutFields):
+        problems += [
+            f"`{key}.{name}` compares prompts or rollouts with each other, and {stage} chooses among the answers to "
+            "one prompt: it would change no choice by itself; drop it"
+            for name in ("reference", "running")
+            if _changed(shaping, name)
+        ]
+    if shaping.diversity_bonus > 0 and getattr(section, "samples_per_prompt", 2) < 2:
         problems.append(
             f"`{key}.diversity_bonus` compares a prompt's samples: raise `{stage}.samples_per_prompt` to at least 2"
         )
@@ -246,10 +260,11 @@ def _reinforce(reinforce: REINFORCEConfig) -> list[str]:
 
 def _ppo(ppo: PPOConfig) -> list[str]:
     problems: list[str] = []
-    if ppo.reward_function is not None and ppo.value_init == "reward":
+    modelled = any(scorer.model is not None for scorer in ppo.scorers.values())
+    if (ppo.reward_function is not None or (ppo.scorers and not modelled)) and ppo.value_init == "reward":
+        given = "reward_function" if ppo.reward_function is not None else "scorers"
         problems.append(
-            "`ppo.value_init` = reward, but `ppo.reward_function` is no model to start from: set `ppo.value_init` = "
-            "policy"
+            f"`ppo.value_init` = reward, but `ppo.{given}` is no model to start from: set `ppo.value_init` = policy"
         )
     if ppo.kl_controller == "adaptive" and ppo.target_kl is None:
         problems.append("`ppo.kl_controller` = adaptive needs `ppo.target_kl` (nats per sequence, for example 6)")

@@ -201,11 +201,12 @@ def _suggestion(loc: tuple[int | str, ...]) -> str:
 
 def _section_at(loc: tuple[int | str, ...]) -> type[BaseModel] | None:
     section: type[BaseModel] | None = Recipe
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        field = section.model_fields.get(str(part)) if section else None
+    parts = iter(part for part in loc if not isinstance(part, int))
+    for part in parts:
+        field = section.model_fields.get(part) if section else None
         section = section_in(field.annotation) if field else None
+        if field is not None and typing.get_origin(field.annotation) is dict:
+            next(parts, None)  # the name that the recipe gives
     return section
 
 

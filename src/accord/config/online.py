@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from accord.config.rewards import ShapingConfig
+from accord.config.rewards import ScorerConfig, ScorerName, ShapingConfig
 from accord.config.sections import OptimiserFields, Section
 
 __all__ = [
@@ -31,6 +31,19 @@ class SamplingFields(Section):
     reward_model: str | None = Field(None, description="Reward model folder. Unset: the reward stage of this recipe.")
     reward_function: str | None = Field(
         None, description="`module:function` called as f(prompt, completion) -> float, instead of a reward model."
+    )
+    scorers: dict[ScorerName, ScorerConfig] = Field(
+        default_factory=dict,
+        description="Several judges by name, whose weighted scores add up; instead of `reward_model` and "
+        "`reward_function`.",
+    )
+    shaping: ShapingConfig = Field(ShapingConfig(), description="From the score to the reward.")
+    max_failed_fraction: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of a step's completions whose scoring may fail before the run stops. Nothing is learned "
+        "from their prompts in that step.",
     )
     gold_function: str | None = Field(
         None,
@@ -61,14 +74,6 @@ class RolloutFields(SamplingFields, OptimiserFields):
     samples_per_prompt: int = Field(4, ge=1, description="Completions sampled for each prompt.")
     update_epochs: int = Field(1, ge=1, description="Passes over each rollout, each with a fresh shuffle.")
     minibatches: int = Field(1, ge=1, description="Optimiser updates per pass.")
-    shaping: ShapingConfig = Field(ShapingConfig(), description="From the score to the reward.")
-    max_failed_fraction: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="Share of a step's completions whose scoring may fail before the run stops. Nothing is learned "
-        "from their prompts in that step.",
-    )
     score_clip: float | None = Field(
         None, gt=0, description="Scores are clipped to +- this, after `shaping.reference` and `shaping.running`."
     )

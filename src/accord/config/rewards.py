@@ -34,7 +34,7 @@ class RemoteFields(Section):
     token_env: str | None = Field(
         None, description="Environment variable whose value is sent as a bearer token. It is never logged."
     )
-    timeout_seconds: float = Field(30.0, gt=0, le=3600, description="For one whole exchange, from connecting on.")
+    timeout_seconds: float = Field(30.0, gt=0, le=3600, description="To connect, and then for one whole exchange.")
     retries: int = Field(3, ge=0, le=20, description="Further tries after a failure that may pass (busy, no answer).")
     concurrency: int = Field(4, ge=1, le=64, description="Requests under way at a time.")
 

@@ -9,13 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from accord.config import BestOfNConfig
 from accord.data.order import micro_batches
 from accord.data.templates import Template
 from accord.losses.kl import kl_k1
 from accord.measures.overlap import rouge_intervals
 from accord.measures.statistics import cluster_interval, paired_difference, sign_flip_p_value, win_rate
 from accord.measures.text import distinct_n, num_words, repetition
-from accord.methods.candidates import Drawing, draw, penalised
+from accord.methods.candidates import Drawing, best_of, draw
 from accord.models.ilql import ShapedPolicy
 from accord.models.layout import CompletionBatch, collate
 from accord.models.token_scores import score_tokens
@@ -39,13 +40,11 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class BestOf:
-    """How one of several answers is chosen: `n` are sampled at `temperature`, and the one that `scorer` puts highest,
-    less the penalty for those cut by length, is given."""
+    """How one of several answers is chosen: as many are sampled as `section` says, and the one that `scorer` puts
+    highest, shaped as it says, is given."""
 
-    n: int
     scorer: Scorer
-    temperature: float
-    missing_eos_penalty: float
+    section: BestOfNConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +136,9 @@ def _sampled(
         wanted = [PromptTokens(tokens.prompt_ids, tokens.prompt_id) for _, tokens in prompts]
         return tuple(samples[0] for samples in sampler.generate(wanted, 1, sampling, key))
     drawing = Drawing(sampler, contestant.template, chooser.scorer, None)
-    drawn = draw(drawing, prompts, chooser.n, replace(sampling, temperature=chooser.temperature), key)
-    best = penalised(drawn.scores, drawn.finished, chooser.missing_eos_penalty).argmax(axis=1).tolist()
-    return tuple(row[k] for row, k in zip(drawn.sampled, best, strict=True))
+    section = chooser.section
+    drawn = draw(drawing, prompts, section.n, replace(sampling, temperature=section.temperature), section, key)
+    return tuple(row[k] for row, k in zip(drawn.sampled, best_of(drawn.rewards, drawn.usable), strict=True))
 
 
 def compare(answers: Answers, base: Answers, judge: str, tie_margin: float) -> Comparison:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from accord.config import EvaluateConfig
+from accord.config import EvaluateConfig, run_identity
 from accord.errors import ConfigError
 from accord.evaluation.compare import (
     Answers,
@@ -38,8 +38,9 @@ from accord.methods.context import (
     weights_hash,
 )
 from accord.methods.corpus import Part, split_holdout
+from accord.methods.judges import Judges, function_scorer, judges_of, model_scorer
 from accord.methods.plan import check_compared, check_evaluated, with_references
-from accord.methods.roles import Judges, function_scorer, judges_of, model_scorer, starting_model
+from accord.methods.roles import starting_model
 from accord.models.ilql import ShapedPolicy, has_heads, load_heads
 from accord.models.load import load_reward_model
 from accord.records import Group, Interval, TokenGroup
@@ -89,7 +90,7 @@ def run_evaluate(context: Context) -> dict[str, Any]:
             model, tokenizer = load_reward_model(reward_folder)
             judges["reward model"] = model_scorer(context, model, tokenizer, section.micro_batch_tokens, reward_folder)
         contestants = {
-            name: _contestant(context, name, folder, chooser if name == BEST_OF_N else None)
+            name: _contestant(context, name, folder, chooser if name == BEST_OF_N else None, run.path)
             for name, folder in models.items()
         }
         return _evaluate(context, section, run, list(groups)[: section.prompts], contestants, pairs, judges)
@@ -103,7 +104,7 @@ def run_evaluate(context: Context) -> dict[str, Any]:
     settings = {"evaluate": section.model_dump(mode="json"), "data": data}
     if chooser is not None and best_of_n is not None:
         sources |= {f"{what} of {BEST_OF_N}": content for what, content in chooser.sources.items()}
-        settings[BEST_OF_N] = best_of_n.model_dump(mode="json")
+        settings[BEST_OF_N] = run_identity(best_of_n)
     return run_stage(context, "evaluate", settings=settings, sources=sources, body=body)
 
 
@@ -141,15 +142,17 @@ def _pairs(section: EvaluateConfig, names: tuple[str, ...]) -> tuple[tuple[str, 
     return tuple((names[i], names[i - 1]) for i in range(1, len(names)))
 
 
-def _contestant(context: Context, name: str, folder: Path | str, chooser: Judges | None) -> Contestant:
+def _contestant(
+    context: Context, name: str, folder: Path | str, chooser: Judges | None, stage_folder: Path
+) -> Contestant:
     """A model that has Q heads answers as they shape it; one with a chooser, with the best of several answers."""
     policy = LoadedPolicy.from_folder(folder, context.recipe.model.template)
     model = ShapedPolicy(*load_heads(policy.model, folder)) if has_heads(folder) else policy.model
     section = context.recipe.bestofn
     if chooser is None or section is None:
         return Contestant(name, model, policy.template)
-    scorer, _ = chooser.scorer(context, section.micro_batch_tokens)
-    best_of = BestOf(section.n, scorer, section.temperature, section.missing_eos_penalty)
+    scorer, _ = chooser.scorer(context, section.micro_batch_tokens, policy, stage_folder)
+    best_of = BestOf(scorer, section)
     return Contestant(name, model, policy.template, best_of)
 
 
@@ -222,7 +225,7 @@ def _add_distances(
     """
     for name, contestant in contestants.items():
         if contestant.best_of is not None:
-            facts[name]["eval/kl_bound_nats"] = best_of_n_kl_bound(contestant.best_of.n)
+            facts[name]["eval/kl_bound_nats"] = best_of_n_kl_bound(contestant.best_of.section.n)
     if section.temperature == 0:
         return
     for name, base in pairs:

@@ -21,14 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from accord.atomic import make_folder, write_text
-from accord.config import BestOfNConfig
+from accord.config import BestOfNConfig, run_identity
 from accord.data.convert import writing
 from accord.data.formats_lists import dense_ranks
+from accord.errors import RewardError
 from accord.measures.text import distinct_n, repetition
 from accord.methods.bestofn_account import Judged, bestofn_summary
-from accord.methods.candidates import Drawing, draw, penalised
+from accord.methods.candidates import Drawing, draw
 from accord.methods.context import Context, LoadedPolicy, data_note, run_stage, weights_hash
-from accord.methods.roles import judges_of, starting_model, step_prompts
+from accord.methods.judges import judges_of
+from accord.methods.roles import starting_model, step_prompts
 from accord.methods.rollouts import Prompt
 from accord.records import Completion, Group, Message
 from accord.rollout.native import NativeSampler
@@ -44,12 +46,15 @@ CHUNK_COMPLETIONS = 512  # so many are sampled, scored and written at a time, or
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What was sampled for some prompts, n a prompt: one row of each field a prompt. `gold` is None without one."""
+    """What was sampled for some prompts, n a prompt: one row of each field a prompt, as in `Candidates`. `gold` is None
+    without one."""
 
     texts: list[list[str]]
     tokens: list[list[int]]
     finished: list[list[bool]]
     scores: list[list[float]]
+    rewards: list[list[float]]
+    usable: list[list[bool]]
     gold: list[list[float]] | None
 
 
@@ -71,20 +76,24 @@ class BestOfNSampling:
     def step(self, step: int) -> StepOutcome:
         """Sample and score one chunk, and make it durable."""
         started = time.monotonic()
-        drawn = self._make(step)
+        drawn, scoring = self._make(step)
         seconds = time.monotonic() - started
-        metrics = _metrics(drawn) | {
-            "rollout/prompts": sum(len(chunk) for chunk in self._chunks[:step]),
-            "rollout/samples": self._section.n * sum(len(chunk) for chunk in self._chunks[:step]),
-            "system/tokens_per_second": sum(map(sum, drawn.tokens)) / seconds,
-            "system/peak_memory_mb": peak_memory_mb(),
-        }
+        metrics = (
+            _metrics(drawn)
+            | scoring
+            | {
+                "rollout/prompts": sum(len(chunk) for chunk in self._chunks[:step]),
+                "rollout/samples": self._section.n * sum(len(chunk) for chunk in self._chunks[:step]),
+                "system/tokens_per_second": sum(map(sum, drawn.tokens)) / seconds,
+                "system/peak_memory_mb": peak_memory_mb(),
+            }
+        )
         return StepOutcome(metrics, f"score {metrics['rollout/score/mean']:+.2f}")
 
     def chunk(self, step: int) -> Chunk:
         """What step `step` sampled: from its file, or anew where that is gone."""
         path = self._path(step)
-        return Chunk(**json.loads(path.read_bytes())) if path.exists() else self._make(step)
+        return Chunk(**json.loads(path.read_bytes())) if path.exists() else self._make(step)[0]
 
     def capture(self) -> Captured:
         return Captured({})
@@ -92,19 +101,22 @@ class BestOfNSampling:
     def restore(self, captured: Captured) -> None:
         """The chunks are where they were."""
 
-    def _make(self, step: int) -> Chunk:
+    def _make(self, step: int) -> tuple[Chunk, dict[str, float]]:
+        """The chunk, which is then on disk, and how scoring it went."""
         section = self._section
         sampling = Sampling(section.max_new_tokens, section.temperature, stop_ids=self._drawing.template.stop_ids)
-        drawn = draw(self._drawing, self._chunks[step - 1], section.n, sampling, ("bestofn", self._seed))
+        drawn = draw(self._drawing, self._chunks[step - 1], section.n, sampling, section, ("bestofn", self._seed))
         made = Chunk(
             [[request.completion for request in row] for row in drawn.requests],
             [[len(sample.ids) for sample in row] for row in drawn.sampled],
             drawn.finished.tolist(),
             drawn.scores.tolist(),
+            drawn.rewards.tolist(),
+            drawn.usable.tolist(),
             None if drawn.gold is None else drawn.gold.tolist(),
         )
         write_text(self._path(step), json.dumps(asdict(made)) + "\n")
-        return made
+        return made, drawn.metrics
 
     def _path(self, step: int) -> Path:
         return self._folder / f"{step:06d}.json"
@@ -124,13 +136,13 @@ def run_bestofn(context: Context) -> dict[str, Any]:
             context.say(note)
         policy = LoadedPolicy.from_folder(start, context.recipe.model.template)
         prompts = step_prompts(context, policy, section.max_new_tokens)[: section.prompts]
-        scorer, _ = judges.scorer(context, section.micro_batch_tokens, policy)
+        scorer, _ = judges.scorer(context, section.micro_batch_tokens, policy, run.path)
         drawing = Drawing(NativeSampler(policy.model, pad_id=policy.pad_id), policy.template, scorer, judges.gold)
         sampling = BestOfNSampling(drawing, prompts, section, run.path / "chunks", context.seed)
         context.say(f"{len(prompts)} prompts x {section.n} answers, in {sampling.total_steps} chunks")
         run_training(sampling, run, context.console, context.recipe.guards)
         chunks = [sampling.chunk(step) for step in range(1, sampling.total_steps + 1)]
-        judged = _judged(chunks, [group for group, _ in prompts], section.missing_eos_penalty)
+        judged = _judged(chunks, [group for group, _ in prompts])
         best = write_best(run.path / "best.jsonl", judged)
         ranked = write_ranked(run.path / "ranked.jsonl", judged)
         context.say(f"{run.path / 'best.jsonl'}: {best} demonstrations; {run.path / 'ranked.jsonl'}: {ranked} rankings")
@@ -139,7 +151,7 @@ def run_bestofn(context: Context) -> dict[str, Any]:
         return summary
 
     settings = {
-        "bestofn": section.model_dump(mode="json"),
+        "bestofn": run_identity(section),
         "data": context.recipe.data.model_dump(mode="json", include={"holdout", "max_tokens", "max_prompt_tokens"}),
     }
     return run_stage(context, "bestofn", settings=settings, sources=sources, body=body)
@@ -153,7 +165,11 @@ def write_best(path: Path, judged: Judged) -> int:
     count = 0
     with writing(path) as write:
         for group, texts, finished, rewards in zip(
-            judged.groups, judged.texts, judged.finished.tolist(), judged.rewards.tolist(), strict=True
+            judged.groups,
+            judged.texts,
+            (judged.finished & judged.usable).tolist(),
+            judged.rewards.tolist(),
+            strict=True,
         ):
             usable = [k for k, text in enumerate(texts) if finished[k] and text.strip()]
             if usable:
@@ -171,10 +187,12 @@ def write_ranked(path: Path, judged: Judged) -> int:
     """
     count = 0
     with writing(path) as write:
-        for group, texts, rewards in zip(judged.groups, judged.texts, judged.rewards.tolist(), strict=True):
+        for group, texts, rewards, usable in zip(
+            judged.groups, judged.texts, judged.rewards.tolist(), judged.usable.tolist(), strict=True
+        ):
             placed: dict[str, float] = {}
-            for text, reward in zip(texts, rewards, strict=True):
-                if text.strip():
+            for text, reward, may in zip(texts, rewards, usable, strict=True):
+                if may and text.strip():
                     placed[text] = max(reward, placed.get(text, reward))
             answers = sorted(placed.items(), key=lambda item: -item[1])
             if len(answers) >= 2:
@@ -191,28 +209,37 @@ def _answer(text: str, *, rank: int | None = None, score: float | None = None) -
     return Completion((Message("assistant", text),), rank=rank, score=score)
 
 
-def _judged(chunks: Sequence[Chunk], groups: Sequence[Group], missing_eos_penalty: float) -> Judged:
-    def joined(name: str) -> NDArray[Any]:
-        return np.array([row for chunk in chunks for row in getattr(chunk, name)])
+def _judged(chunks: Sequence[Chunk], groups: Sequence[Group]) -> Judged:
+    """All chunks together, without the prompts of which nothing may be chosen."""
 
-    scores, finished = joined("scores"), joined("finished")
+    def joined(name: str) -> list[Any]:
+        return [row for chunk in chunks for row in getattr(chunk, name)]
+
+    kept = [p for p, row in enumerate(joined("usable")) if any(row)]
+    if not kept:
+        raise RewardError("of no prompt there is an answer that could be scored and chosen; see `bestofn.shaping`")
+
+    def table(name: str) -> NDArray[Any]:
+        rows = joined(name)
+        return np.array([rows[p] for p in kept])
+
+    texts = joined("texts")
     return Judged(
-        tuple(groups),
-        [row for chunk in chunks for row in chunk.texts],
-        joined("tokens"),
-        finished,
-        scores,
-        penalised(scores, finished, missing_eos_penalty),
-        joined("gold") if chunks[0].gold is not None else None,
+        tuple(groups[p] for p in kept),
+        [texts[p] for p in kept],
+        table("tokens"),
+        table("finished"),
+        table("scores"),
+        table("rewards"),
+        table("usable"),
+        table("gold") if chunks[0].gold is not None else None,
     )
 
 
 def _metrics(drawn: Chunk) -> dict[str, float]:
     texts = [text for row in drawn.texts for text in row]
-    finished, scores = np.array(drawn.finished), np.array(drawn.scores)
+    finished = np.array(drawn.finished)
     metrics = {
-        "rollout/score/mean": float(scores.mean()),
-        "rollout/score/std": float(scores.std()),
         "rollout/completion_tokens/mean": float(np.mean(drawn.tokens)),
         "rollout/finished_fraction": float(finished.mean()),
         "rollout/truncated_fraction": float((~finished).mean()),

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from accord.measures.selection import best_of_n_kl_bound, best_of_n_values, best_of_n_win_ceiling
 from accord.measures.statistics import cluster_interval, paired_difference
+from accord.methods.candidates import best_of
 from accord.methods.context import headline
 from accord.records import Group, Interval
 
@@ -27,7 +28,8 @@ class Judged:
     """P prompts with N answers each and what was said of them.
 
     texts    P rows of N; tokens (P, N) their lengths; finished (P, N) bool
-    scores   (P, N) what the scorer said; rewards (P, N) the same less the penalty for cut ones: what chooses
+    scores   (P, N) what the scorer said; rewards (P, N) the same, shaped: what chooses among the usable (P, N) bool;
+             the others have their prompt's worst
     gold     (P, N) what the hidden truth says, None without one
     """
 
@@ -37,6 +39,7 @@ class Judged:
     finished: NDArray[np.bool_]
     scores: Floats
     rewards: Floats
+    usable: NDArray[np.bool_]
     gold: Floats | None
 
     @property
@@ -80,6 +83,12 @@ def bestofn_summary(judged: Judged, scorer: str, num_best: int, num_ranked: int)
 def _warnings(judged: Judged, curves: dict[str, Floats], tied: int) -> list[str]:
     warnings = []
     total, count = judged.rewards.shape[1], len(judged.groups)
+    unusable = int((~judged.usable).sum())
+    if unusable:
+        warnings.append(
+            f"{unusable:,} answers could not be scored or were left out for being cut: they are never chosen, and "
+            "count as their prompt's worst. A prompt without any other is left out."
+        )
     if tied > count / 2:
         warnings.append(
             f"All {total} answers score the same for {tied} of {count} prompts: there the best is any of them. Look at "
@@ -135,7 +144,7 @@ def _charts(judged: Judged, curves: dict[str, Floats]) -> list[dict[str, Any]]:
 
 def _exchange(judged: Judged, row: int) -> dict[str, Any]:
     """A prompt with its first answer and its best."""
-    picked = {"one answer": 0, f"best of {judged.rewards.shape[1]}": int(judged.rewards[row].argmax())}
+    picked = {"one answer": 0, f"best of {judged.rewards.shape[1]}": best_of(judged.rewards, judged.usable)[row]}
     shown: dict[str, Any] = {
         "prompt": "\n".join(message.content for message in judged.groups[row].prompt),
         "answers": {who: judged.texts[row][k] for who, k in picked.items()},

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accord.config import RolloutFields
+from accord.config import SamplingFields
 from accord.records import Message, Score, ScoreRequest
 from accord.rewards.scorers import Scorer, failures_of
 from accord.rewards.shaping import Moments, Samples, Shaped, compared, shape
@@ -69,11 +69,18 @@ class RewardState:
     moments: Moments = field(default_factory=Moments)
     references: ReferenceScores | None = None
 
-    def shape(self, scores: Tensor, samples: Samples, section: RolloutFields) -> Shaped:
+    def shape(self, scores: Tensor, samples: Samples, section: SamplingFields) -> Shaped:
         """Scores as rewards, after taking them into the moments."""
         if section.shaping.running != "none":
             self.moments = self.moments.merged(compared(scores, samples, section))
         return shape(scores, samples, section, self.moments)
+
+    def reference_scores(self, prompts: Sequence[Sequence[ScoreRequest]]) -> list[tuple[float, ...] | str]:
+        """For each completion the scores of its prompt's reference answers, or why there are none; empty where shaping
+        asks for none."""
+        if self.references is None:
+            return [() for row in prompts for _ in row]
+        return [self.references.of(row[0].prompt, row[0].prompt_id) for row in prompts for _ in row]
 
     def capture(self) -> dict[str, Any]:
         return {"count": self.moments.count, "mean": self.moments.mean, "squares": self.moments.squares}
@@ -85,30 +92,27 @@ class RewardState:
 def judge(
     scorer: Scorer,
     prompts: Sequence[Sequence[ScoreRequest]],
-    references: ReferenceScores | None,
+    references: Sequence[tuple[float, ...] | str],
     max_failed_fraction: float,
     errors: Sequence[str | None] = (),
 ) -> Verdicts:
-    """Score the completions of every prompt. A prompt whose reference answers fail has only failed completions.
-    `errors` are what completions failed with already, None where they did not.
+    """Score the completions of every prompt; `references` as `RewardState.reference_scores` gives them. Where reference
+    answers failed, the completions that would be compared with them have. `errors` are what
+    completions failed with already, None where they did not.
 
     Raises: RewardError naming the first failure when more than `max_failed_fraction` of the completions failed.
     """
     requests = [request for row in prompts for request in row]
-    scores = scorer.score(requests)
-    compared_with: list[tuple[float, ...]] = [()] * len(requests)
-    if references is not None:
-        found = [references.of(row[0].prompt, row[0].prompt_id) for row in prompts for _ in row]
-        compared_with = [() if isinstance(one, str) else one for one in found]
-        scores = [
-            Score(None, one) if isinstance(one, str) and score.value is not None else score
-            for one, score in zip(found, scores, strict=True)
-        ]
+    scores = [
+        Score(None, reference) if isinstance(reference, str) and score.value is not None else score
+        for reference, score in zip(references, scorer.score(requests), strict=True)
+    ]
     if errors:
         scores = [Score(None, error) if error else score for error, score in zip(errors, scores, strict=True)]
     failed = failures_of(scorer, requests, scores, max_fraction=max_failed_fraction)
     failures = tuple(Failure(requests[index], scores[index].error or "no reason given") for index in failed)
-    return Verdicts(tuple(scores), tuple(compared_with), failures)
+    compared = tuple(() if isinstance(reference, str) else reference for reference in references)
+    return Verdicts(tuple(scores), compared, failures)
 
 
 def score_metrics(scores: Iterable[Score]) -> dict[str, float]:

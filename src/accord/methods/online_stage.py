@@ -7,16 +7,17 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from accord.config import RolloutFields
+from accord.config import RolloutFields, run_identity
 from accord.methods import learners
 from accord.methods.card import model_card
 from accord.methods.context import Context, LoadedPolicy, data_note, run_stage, weights_hash
 from accord.methods.corpus import Part
+from accord.methods.judges import judges_of
 from accord.methods.judging import ReferenceScores
 from accord.methods.online_account import Online, online_summary
 from accord.methods.online_trainer import Learner, OnlineTrainer
 from accord.methods.plan import check_prompts, with_reference_answers
-from accord.methods.roles import holdout_of, judges_of, partner_of, rollout_models, starting_model, step_prompts
+from accord.methods.roles import holdout_of, partner_of, rollout_models, starting_model, step_prompts
 from accord.methods.rollouts import Prompt, RolloutModels, first_answers
 from accord.methods.watch import MAX_ANSWERS, watch_answers
 from accord.rewards.scorers import fingerprint
@@ -98,7 +99,7 @@ def run_rollout_stage(
             context, stage, section, step_prompts(context, policy, section.max_new_tokens)
         )
         check_prompts(stage, section, len(prompts))
-        scorer, reward_model = judges.scorer(context, section.micro_batch_tokens, policy)
+        scorer, reward_model = judges.scorer(context, section.micro_batch_tokens, policy, run.path)
         models = rollout_models(context, section, policy, scorer, judges.gold, [t for _, t in prompts], partner)
         if answers is not None:
             models.rewards.references = ReferenceScores(scorer, answers)
@@ -118,7 +119,7 @@ def run_rollout_stage(
         return summary
 
     settings = {
-        stage: section.model_dump(mode="json"),
+        stage: run_identity(section),
         "data": context.recipe.data.model_dump(mode="json", include={"holdout", "max_tokens", "max_prompt_tokens"}),
     }
     return run_stage(context, stage, settings=settings, sources=sources, body=body)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import struct
 from collections.abc import Collection, Sequence
@@ -155,10 +156,12 @@ def check_names(recipe: Recipe, stages: list[str], given: Collection[str] = ()) 
         value_init = getattr(section, "value_init", "reward")
         if value_init not in ("reward", "policy"):
             _check_model(recipe, value_init)
+        if isinstance(section, SamplingFields):
+            _check_scorers(recipe, stage, section)
         scored = recipe.reward is not None or (recipe.root / "reward" / "summary.json").exists()
         scored = scored or getattr(section, "reward_model", None) is not None
         if isinstance(section, SamplingFields) and not (
-            scored or section.reward_function or f"{stage}.reward_function" in given
+            scored or section.scorers or section.reward_function or f"{stage}.reward_function" in given
         ):
             if getattr(section, "environment", None) is None:
                 raise nothing_scores(stage)
@@ -175,10 +178,26 @@ def no_reward_model(stage: str) -> ConfigError:
     )
 
 
+def _check_scorers(recipe: Recipe, stage: str, section: SamplingFields) -> None:
+    """Models that cannot be, and variables that are not set."""
+    made = recipe.reward is not None or (recipe.root / "reward" / "summary.json").exists()
+    for name, scorer in section.scorers.items():
+        for model in filter(None, (scorer.model, *scorer.models)):
+            if model != "reward" or not made:
+                _check_model(recipe, model)
+        for kind, remote in (("endpoint", scorer.endpoint), ("judge", scorer.judge)):
+            if remote is not None and remote.token_env and not os.environ.get(remote.token_env, "").strip():
+                raise ConfigError(
+                    f"`{stage}.scorers.{name}.{kind}.token_env` names {remote.token_env}, which is not set in the "
+                    "environment"
+                )
+
+
 def nothing_scores(stage: str) -> ConfigError:
     return ConfigError(
         f"the {stage} stage needs something that scores: a `reward` stage in this recipe, `{stage}.reward_model` "
-        f"(a folder), `{stage}.reward_function` (module:function), or an `environment` where the method has one"
+        f"(a folder), `{stage}.reward_function` (module:function), `{stage}.scorers`, or an `environment` where "
+        "the method has one"
     )
 
 

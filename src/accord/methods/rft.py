@@ -5,8 +5,8 @@
               kept = the different completions that reach their prompt's quantile q and beat its worst score;
               loss = -sum over kept tokens of log p(token | everything before it) / number of kept tokens
 
-A completion cut by length takes part with its score less the penalty; where it is kept all the same, it is imitated as
-it stands, without an end.
+A completion cut by length takes part with its score less the penalty (see `shaping.truncation`); where it is kept all
+the same, it is imitated as it stands, without an end. One that could not be scored is not chosen.
 
 Source: Gulcehre et al. 2023, arXiv:2308.08998; Dong et al. 2023, arXiv:2304.06767. Departures: thresholds are each
 prompt's own; the pool holds one cycle's samples; repeated completions count once.
@@ -29,7 +29,7 @@ from accord.data.order import batch_indices, num_steps
 from accord.losses.sft import sft_loss
 from accord.measures.selection import Selection, improvement_quantile, select_best
 from accord.measures.text import distinct_n, repetition
-from accord.methods.candidates import Candidates, Drawing, draw, penalised
+from accord.methods.candidates import Candidates, Drawing, best_of, draw
 from accord.methods.offline import group_passes
 from accord.methods.rollouts import Prompt
 from accord.models.adapters import load_trainable_state, trainable_state
@@ -49,11 +49,13 @@ SAMPLES_KEPT = 4
 
 @dataclass(frozen=True, slots=True)
 class _Pool:
-    """What a cycle sampled: P prompts, n completions each; scores, gold and finished (P, n)."""
+    """What a cycle sampled: P prompts, n completions each; the rest (P, n), as in `Candidates`."""
 
     ids: tuple[tuple[tuple[int, ...], ...], ...]
     finished: NDArray[np.bool_]
     scores: NDArray[np.float64]
+    rewards: NDArray[np.float64]
+    usable: NDArray[np.bool_]
     gold: NDArray[np.float64] | None
 
 
@@ -86,15 +88,15 @@ class RFTTrainer:
         if place == 0:
             drawn = self._draw(prompts, cycle)
             self._pool = _Pool(
-                tuple(tuple(s.ids for s in row) for row in drawn.sampled), drawn.finished, drawn.scores, drawn.gold
-            )
+                tuple(tuple(s.ids for s in row) for row in drawn.sampled),
+                drawn.finished, drawn.scores, drawn.rewards, drawn.usable, drawn.gold,
+            )  # fmt: skip
             metrics |= _pool_metrics(drawn)
         assert self._pool is not None
         pool = self._pool
         quantile = improvement_quantile(place + 1, section.improve_steps, section.start_quantile, section.end_quantile)
-        chosen = select_best(
-            penalised(pool.scores, pool.finished, section.missing_eos_penalty), pool.ids, quantile
-        )  # fmt: skip
+        # What may not be chosen has its prompt's worst reward, and the worst is never chosen.
+        chosen = select_best(pool.rewards, pool.ids, quantile)
         kept = [
             TokenGroup(prompts[p][1].prompt_ids, (_whole(pool.ids[p][k]),), prompts[p][1].prompt_id)
             for p, k in np.argwhere(chosen.kept).tolist()
@@ -137,7 +139,7 @@ class RFTTrainer:
         sampling = Sampling(
             section.max_new_tokens, section.temperature, stop_ids=self._drawing.template.stop_ids
         )  # fmt: skip
-        return draw(self._drawing, prompts, section.samples_per_prompt, sampling, ("rft", self._seed, cycle))
+        return draw(self._drawing, prompts, section.samples_per_prompt, sampling, section, ("rft", self._seed, cycle))
 
     def _imitate(self, step: int, kept: Sequence[TokenGroup]) -> dict[str, float]:
         """SFT on the kept completions: `epochs` passes, each freshly shuffled. Without any nothing happens."""
@@ -169,7 +171,7 @@ class RFTTrainer:
 
     def _samples(self, prompts: Sequence[Prompt], pool: _Pool) -> tuple[dict[str, Any], ...]:
         """The first prompts, each with what would be kept of it at the strictest quantile: its best completion."""
-        best = penalised(pool.scores, pool.finished, self._section.missing_eos_penalty).argmax(axis=1).tolist()
+        best = best_of(pool.rewards, pool.usable)
         return tuple(
             {
                 "prompt": "\n".join(m.content for m in prompts[p][0].prompt),
@@ -201,8 +203,7 @@ def _pool_metrics(drawn: Candidates) -> dict[str, float]:
     """What the policy wrote, whatever is kept of it."""
     texts = [request.completion for row in drawn.requests for request in row]
     metrics = {
-        "rollout/score/mean": float(drawn.scores.mean()),
-        "rollout/score/std": float(drawn.scores.std()),
+        **drawn.metrics,
         "rollout/completion_tokens/mean": sum(len(s.ids) for row in drawn.sampled for s in row) / len(texts),
         "rollout/finished_fraction": float(drawn.finished.mean()),
         "rollout/truncated_fraction": float((~drawn.finished).mean()),
@@ -245,6 +246,8 @@ def _to_tensors(pool: _Pool) -> dict[str, Tensor]:
         "lengths": torch.tensor([len(ids) for ids in flat], dtype=torch.int32),
         "finished": torch.from_numpy(pool.finished),
         "scores": torch.from_numpy(pool.scores),
+        "rewards": torch.from_numpy(pool.rewards),
+        "usable": torch.from_numpy(pool.usable),
     }
     return tensors if pool.gold is None else tensors | {"gold": torch.from_numpy(pool.gold)}
 
@@ -258,5 +261,7 @@ def _from_tensors(tensors: dict[str, Tensor]) -> _Pool:
         tuple(tuple(pieces[row * n : (row + 1) * n]) for row in range(rows)),
         finished,
         tensors["scores"].numpy(),
+        tensors["rewards"].numpy(),
+        tensors["usable"].numpy(),
         tensors["gold"].numpy() if "gold" in tensors else None,
     )

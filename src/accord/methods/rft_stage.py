@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from accord.config import RFTConfig
+from accord.config import RFTConfig, run_identity
 from accord.errors import ConfigError
 from accord.methods.candidates import Drawing
 from accord.methods.card import model_card
 from accord.methods.context import Context, LoadedPolicy, data_note, headline, run_stage, weights_hash
+from accord.methods.judges import judges_of
 from accord.methods.rft import RFTTrainer
-from accord.methods.roles import judges_of, sampling_layout, starting_model, step_prompts
+from accord.methods.roles import sampling_layout, starting_model, step_prompts
 from accord.report.reading import read_run
 from accord.rollout.native import NativeSampler
 from accord.training.loop import run_training
@@ -38,7 +39,7 @@ def run_rft(context: Context) -> dict[str, Any]:
                 f"`rft.prompts_per_cycle` = {section.prompts_per_cycle}, but only {len(prompts)} distinct training "
                 "prompts are left: lower it, or give more prompts"
             )
-        scorer, _ = judges.scorer(context, section.micro_batch_tokens, policy)
+        scorer, _ = judges.scorer(context, section.micro_batch_tokens, policy, run.path)
         sampler = NativeSampler(policy.model, pad_id=policy.pad_id)
         # A kept completion is an example of its own, as in SFT.
         layout = sampling_layout(context, policy, [t for _, t in prompts], section.max_new_tokens, 1)
@@ -57,7 +58,7 @@ def run_rft(context: Context) -> dict[str, Any]:
         return summary
 
     settings = {
-        "rft": section.model_dump(mode="json"),
+        "rft": run_identity(section),
         "data": context.recipe.data.model_dump(mode="json", include={"holdout", "max_tokens", "max_prompt_tokens"}),
     }
     return run_stage(context, "rft", settings=settings, sources=sources, body=body)

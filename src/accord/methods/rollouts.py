@@ -118,8 +118,9 @@ def collect(
     generated = time.monotonic()
     asked = [tuple(_request(models, conversation) for conversation in samples) for samples in sampled]
     errors = [conversation.error for samples in sampled for conversation in samples]
+    compared = models.rewards.reference_scores(asked)  # before listening, which is to the samples alone
     with heard(None if models.watch is None else models.watch.head) as states:
-        verdicts = judge(models.scorer, asked, models.rewards.references, section.max_failed_fraction, errors)
+        verdicts = judge(models.scorer, asked, compared, section.max_failed_fraction, errors)
     kept, rows = _kept(asked, verdicts)
     groups = tuple(_group(prompts[p][1], sampled[p]) for p in kept)
     conversations = tuple(conversation for p in kept for conversation in sampled[p])

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accord.config import RolloutFields
+from accord.config import SamplingFields
 from accord.measures.text import novelty, repetition
 
 __all__ = [
@@ -161,7 +161,7 @@ def overlong_penalty(lengths: Tensor, *, longest: int, buffer: int, penalty: flo
     return -penalty * ((lengths - (longest - buffer)) / buffer).clamp(0, 1)
 
 
-def shape(scores: Tensor, samples: Samples, section: RolloutFields, moments: Moments) -> Shaped:
+def shape(scores: Tensor, samples: Samples, section: SamplingFields, moments: Moments) -> Shaped:
     """Scores (C,) as rewards, by the order at the top of this file. `moments` already hold what `running` divides by:
     those of the scores after `reference`, see `compared`."""
     shaping, rewards = section.shaping, scores
@@ -175,7 +175,7 @@ def shape(scores: Tensor, samples: Samples, section: RolloutFields, moments: Mom
         becomes("reference", compared(scores, samples, section))
     if shaping.running != "none":
         becomes("running", running_normalised(rewards, moments, centre=shaping.running == "standardise"))
-    clip = section.score_clip
+    clip = getattr(section, "score_clip", None)  # of methods that learn from a rollout
     if clip is not None:
         becomes("clip", rewards.clamp(-clip, clip))
     for name, term in _prices(samples, section).items():
@@ -191,7 +191,7 @@ def shape(scores: Tensor, samples: Samples, section: RolloutFields, moments: Mom
     return Shaped(rewards, terms, learned)
 
 
-def compared(scores: Tensor, samples: Samples, section: RolloutFields) -> Tensor:
+def compared(scores: Tensor, samples: Samples, section: SamplingFields) -> Tensor:
     """(C,) scores after `shaping.reference`."""
     if section.shaping.reference == "none":
         return scores
@@ -199,7 +199,7 @@ def compared(scores: Tensor, samples: Samples, section: RolloutFields) -> Tensor
     return function(scores, samples.references)
 
 
-def _prices(samples: Samples, section: RolloutFields) -> dict[str, Tensor]:
+def _prices(samples: Samples, section: SamplingFields) -> dict[str, Tensor]:
     """(C,) what text and length cost or earn, by term."""
     shaping = section.shaping
     terms: dict[str, Tensor] = {}
