@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,36 @@ def test_ppo_gives_the_bits_of_the_command(model: Path, tmp_path: Path, monkeypa
         model, reward_fn=score, prompts=PROMPTS, out=tmp_path / "api", seed=5, ppo=PPO, data=DATA, quiet=True
     )
     assert bits(result.model) == bits(tmp_path / "cli" / "ppo" / "model") != bits(model)
+
+
+GUEST = """
+from accord.records import Message, Turn
+
+class Guest:
+    def reset(self, prompt, random):
+        return prompt
+
+    def step(self, messages, random):
+        return Turn((Message("user", f"and {random.integers(99)}"),), messages[-1].content.count("e") / 9)
+"""
+
+
+def test_an_environment_gives_the_bits_of_the_command(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "guests_for_the_command.py").write_text(GUEST)
+    monkeypatch.syspath_prepend(tmp_path)
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
+    named = ["ppo.environment=guests_for_the_command:Guest", "ppo.max_turns=2", "ppo.value_init=policy"]
+    command("ppo", model, tmp_path / "cli", f"data.prompts={data}", *named, *overrides("ppo", PPO))
+    guest = importlib.import_module("guests_for_the_command").Guest
+    settings = PPO | {"max_turns": 2}
+    result = accord.train(
+        model, environment=guest, prompts=PROMPTS, out=tmp_path / "api", seed=5, ppo=settings, data=DATA, quiet=True
+    )
+    assert bits(result.model) == bits(tmp_path / "cli" / "ppo" / "model") != bits(model)
+    assert any("guests_for_the_command:Guest" in text for text in result.summary["account"])
 
 
 PAIRS = [(f"what comes after {n}?", f"{n + 1}", f"{n} and {n} again") for n in range(9)]
@@ -211,6 +242,10 @@ def test_a_reward_function_that_raises_stops_the_run_and_names_the_prompt(model:
         ({"method": "dp", "pairs": PAIRS}, r"method='dp' \(did you mean 'dpo'\?\) is none of ppo, "),
         ({"pairs": PAIRS, "dpo": {"betta": 1}}, "did you mean `dpo.beta`"),
         ({"reward_fn": score}, r"needs prompts=\[\.\.\.\]"),
+        ({"environment": dict}, r"accord.train\(environment=...\) needs prompts="),
+        ({"environment": "me:Guest", "prompts": PROMPTS}, "expected a class"),
+        ({"environment": dict, "prompts": PROMPTS}, "`ppo.environment` needs `ppo.max_turns`"),
+        ({"environment": dict, "prompts": PROMPTS, "method": "rft"}, r"\(method='rft'\) takes prompts= and reward_fn="),
         ({"samples": SAMPLES, "learning_rate": 1}, "did you mean `sft.learning_rate`"),
         ({"samples": SAMPLES, "sft": {"epoch": 1}}, "did you mean `sft.epochs`"),
         ({"samples": SAMPLES, "sft": 3}, "`sft`"),

@@ -175,6 +175,7 @@ def test_a_conversation_does_not_depend_on_the_others(policy: tuple[NativeSample
     # Samples of a prompt begin alike and part; another step is another conversation.
     assert all(len({c.opening for c in group}) == 1 for group in together)
     assert all(len({c.messages for c in group}) > 1 for group in together)
+    assert all(len({c.messages[1] for c in group if len(c.messages) > 1}) != 1 for group in together)
     again = converse(sampler, template, starts, 3, SAMPLING, ("t", 2), partner)
     assert all(a[0].opening != b[0].opening for a, b in zip(again, together, strict=True))
 

@@ -18,6 +18,8 @@ from accord.pipeline import run_stages
 from accord.records import Group
 from stages_support import QUICK, answers_to, saved_model
 
+TALK: dict[str, Any] = {"environment": "accord.tasks.missing_detail:MissingDetail", "max_turns": 2}
+
 
 def pairs(**rest: Any) -> list[Group]:
     return [answers_to(f"ask {i}", ("yes", {"rank": 0}), ("no", {"rank": 1}), **rest) for i in range(20)]
@@ -39,6 +41,7 @@ def recipe(**sections: Any) -> Any:
         ({"ppo": {"reward_model": "nope"}}, "nope: no such folder"),
         ({"dpo": {"init": "nowhere"}}, "nowhere: no such folder"),
         ({"grpo": {}}, "the grpo stage needs something that scores"),
+        ({"ppo": TALK}, "`ppo.value_init` = reward, but only the environment scores"),
     ],
 )
 def test_a_name_that_leads_nowhere_is_refused_before_training(sections: dict[str, Any], message: str) -> None:
@@ -48,6 +51,7 @@ def test_a_name_that_leads_nowhere_is_refused_before_training(sections: dict[str
 
 def test_what_a_function_or_a_finished_stage_scores_needs_no_reward_section(tmp_path: Path) -> None:
     check_names(recipe(grpo={}), ["grpo"], given={"grpo.reward_function"})
+    check_names(recipe(grpo=TALK, ppo=TALK | {"value_init": "policy"}), ["grpo", "ppo"])
     (tmp_path / "reward").mkdir()
     (tmp_path / "reward" / "summary.json").write_text("{}")
     check_names(recipe(grpo={}, out=str(tmp_path)), ["grpo"])

@@ -389,6 +389,16 @@ def test_a_prompt_that_came_back_often_is_shown_with_its_first_and_last_answer(t
     assert re.findall(r"answer \d", text) == ["answer 1", "answer 3"]
 
 
+def test_a_conversation_is_shown_turn_by_turn(tmp_path: Path) -> None:
+    messages = [
+        {"role": "assistant", "content": "milk or lemon?"}, {"role": "user", "content": "milk"},
+        {"role": "assistant", "content": "with milk"},
+    ]  # fmt: skip
+    row = {"step": 1, "prompt": "tea", "completion": "with milk", "messages": messages, "score": 0.9}
+    text = stage_report(write_run(tmp_path, samples=[row])).read_text(encoding="utf-8")
+    assert "Assistant: milk or lemon?\n\nUser: milk\n\nAssistant: with milk" in text
+
+
 def test_an_overview_links_only_to_reports_that_exist(tmp_path: Path) -> None:
     write_run(tmp_path / "sft", metrics=[{"step": 1, "train/loss": 2.0}])
     assert "sft/report.html" not in overview_report(tmp_path, ["sft"]).read_text(encoding="utf-8")
