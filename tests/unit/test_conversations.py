@@ -180,6 +180,31 @@ def test_a_conversation_does_not_depend_on_the_others(policy: tuple[NativeSample
     assert all(a[0].opening != b[0].opening for a, b in zip(again, together, strict=True))
 
 
+def test_a_conversation_goes_on_alike_when_an_earlier_sample_has_ended(policy: tuple[NativeSampler, Template]) -> None:
+    class Endless(Dice):
+        def step(self, messages: Sequence[Message], random: np.random.Generator) -> Turn:
+            return Turn(super().step(messages, random).messages)
+
+    sampler, template = policy
+    starts = openings(template, "w2 w3")
+    sampling = Sampling(2, stop_ids=tuple(range(53)))  # every token ends an answer
+
+    def begun(factory: Callable[[], Any]) -> Any:
+        return converse(sampler, template, starts, 3, sampling, ("t", 1), with_whom(factory, max_turns=4))[0]
+
+    made: list[Any] = []
+
+    def first_ends() -> Any:
+        made.append(Scripted(()) if not made else Endless())
+        if len(made) == 1:
+            made[0].reset = Endless().reset
+        return made[-1]
+
+    all_go_on, one_ends = begun(Endless), begun(first_ends)
+    assert len(one_ends[0].answers) == 1 and len(all_go_on[0].answers) == 4
+    assert told(one_ends[1:]) == told(all_go_on[1:])
+
+
 def test_a_prompt_that_occurs_twice_has_other_conversations(policy: tuple[NativeSampler, Template]) -> None:
     sampler, template = policy
     start = openings(template, "w2 w3")
