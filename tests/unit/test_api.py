@@ -245,7 +245,7 @@ def test_a_reward_function_that_raises_stops_the_run_and_names_the_prompt(model:
         ({"environment": dict}, r"accord.train\(environment=...\) needs prompts="),
         ({"environment": "me:Guest", "prompts": PROMPTS}, "expected a class"),
         ({"environment": dict, "prompts": PROMPTS}, "`ppo.environment` needs `ppo.max_turns`"),
-        ({"environment": dict, "prompts": PROMPTS, "method": "rft"}, r"\(method='rft'\) takes prompts= and reward_fn="),
+        ({"environment": dict, "prompts": PROMPTS, "method": "rft"}, r"\(method='rft'\) takes reward_fn= and prompts="),
         ({"samples": SAMPLES, "learning_rate": 1}, "did you mean `sft.learning_rate`"),
         ({"samples": SAMPLES, "sft": {"epoch": 1}}, "did you mean `sft.epochs`"),
         ({"samples": SAMPLES, "sft": 3}, "`sft`"),
