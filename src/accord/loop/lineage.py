@@ -201,8 +201,8 @@ def _account(
     if not finished:
         return [*texts, f"The loop is not finished: {len(policies) - 1} of at most {config.rounds} rounds are trained."]
     why = (
-        f"it stopped because {standing.misses} in a row {'was' if standing.misses == 1 else 'were'} not shown to be "
-        f"better than the best before"
+        f"it stopped because {_policies(standing.misses)} in a row {'was' if standing.misses == 1 else 'were'} not "
+        f"shown to be better than the best before"
         if len(policies) - 1 < config.rounds
         else "all its rounds are done"
     )
@@ -211,7 +211,11 @@ def _account(
         if best.number
         else f"No policy was shown to be better than the one the loop started from, which remains: {best.model}"
     )
-    return [f"The loop trained {len(policies) - 1} policies by {STAGES[online].verb}; {why}.", f"{result}.", *texts]
+    return [f"The loop trained {_policies(len(policies) - 1)} by {STAGES[online].verb}; {why}.", f"{result}.", *texts]
+
+
+def _policies(count: int) -> str:
+    return f"{count} {'policy' if count == 1 else 'policies'}"
 
 
 def _verdict(done: Round, best: Policy, rate: Interval) -> str:

@@ -108,7 +108,7 @@ def loop_table(recipe: Recipe, corpus: Corpus) -> Table:
     table.add_row("after", _judged(config, config.rounds + 1).removeprefix(" and "), "", "", "")
     who = "people, in a file" if config.labeller == "human" else f"the function {config.label_function or 'given'}"
     table.caption = (
-        f"labelled by {who}; stops after {config.patience} policies in a row that are not shown to be better. Two "
+        f"labelled by {who}; stops at {config.patience} in a row not shown to be better. Two "
         "equal answers are not labelled"
     )
     return table

@@ -59,7 +59,7 @@ def overview_report(root: Path, stages: Sequence[str]) -> Path:
         ("In short", None, _in_short(whole)),
         ("The pipeline", "Each stage builds on the ones before it.", [_pipeline(root, runs)]),
         ("Did it get better?", None, [comparison_figure(_comparisons(whole, runs))]),
-        ("Was the reward model exploited?", None, _ppo(runs)),
+        ("Was the reward model exploited?", None, _ppo(root, runs)),
         ("More evidence", None, [_more_evidence((whole, *runs))]),
         ("Side by side", None, list(exchanges([item for run in (whole, *runs) for item in run.side_by_side]))),
         ("How to read this page", None, [_glossary()]),
@@ -105,7 +105,7 @@ def _step(root: Path, index: int, run: Run) -> Html:
     when = duration(run.seconds) if run.seconds is not None else "" if run.finished else "not finished"
     return element(
         "li",
-        element("span", " \u00b7 ".join(filter(None, (f"Stage {index}", when))), class_="when"),
+        element("span", " \u00b7 ".join(filter(None, (f"Stage {index}", _place(root, run), when))), class_="when"),
         element("h3", stage_title(run)),
         element("p", STAGES[run.stage][1]) if run.stage in STAGES else None,
         element("dl", *numbers) if numbers else None,
@@ -114,16 +114,27 @@ def _step(root: Path, index: int, run: Run) -> Html:
     )
 
 
+def _place(root: Path, run: Run) -> str:
+    """The folder between the root and a stage's own, such as a round's; mostly there is none."""
+    inside = run.folder.relative_to(root).parent.as_posix()
+    return "" if inside == "." else inside
+
+
 def _foremost(run: Run) -> list[Estimate]:
     """Two numbers that stand for a stage: its first ones, or its first judge's first comparisons."""
     own = [item for item in run.headline if not item.source]
     return (own or [item for item in run.comparisons if item.source == run.comparisons[0].source])[:2]
 
 
-def _ppo(runs: Sequence[Run]) -> list[Html | None]:
+def _ppo(root: Path, runs: Sequence[Run]) -> list[Html | None]:
     """For every run that sampled from its policy: reward against distance, then the curves that explain it."""
     sampled = [run for run in runs if any(name.startswith("rollout/") for name in run.metrics)]
-    return [grid([over_optimisation_figure(run), *metric_figures(run, OVERVIEW_PANELS)]) for run in sampled]
+    parts: list[Html | None] = []
+    for run in sampled:
+        title = ", ".join(filter(None, (_place(root, run), stage_title(run))))
+        parts += [element("h3", title)] if len(sampled) > 1 else []
+        parts.append(grid([over_optimisation_figure(run), *metric_figures(run, OVERVIEW_PANELS)]))
+    return parts
 
 
 def _more_evidence(runs: Sequence[Run]) -> Html | None:
