@@ -11,7 +11,7 @@ from typing import Protocol
 from accord.atomic import write_bytes
 from accord.loop.sheet import Choice, Pair, read_choices
 from accord.methods.context import Context
-from accord.methods.roles import function_scorer
+from accord.methods.judges import function_scorer
 from accord.randomness import generator
 from accord.records import ScoreRequest
 from accord.rewards.scorers import FunctionScorer, Scorer, values_of

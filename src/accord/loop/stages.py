@@ -27,7 +27,7 @@ from accord.loop.sheet import (
 from accord.measures.statistics import cluster_interval, win_rate
 from accord.methods.context import Context, LoadedPolicy, headline, run_stage, tokenised, weights_hash
 from accord.methods.corpus import Part
-from accord.methods.roles import model_scorer
+from accord.methods.judges import model_scorer
 from accord.models.load import load_reward_model
 from accord.randomness import generator, permutation
 from accord.records import Group, Interval
