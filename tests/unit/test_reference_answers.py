@@ -137,3 +137,22 @@ def test_one_model_can_meet_the_reference_answers_alone(tmp_path: Path) -> None:
     summary, _ = evaluate(model, tmp_path / "out", asked(), {"models": [str(model)]})
     assert [row["name"] for row in summary["comparisons"]] == [f"{model} over {HUMAN}"]
     assert not any("a difference of" in text for text in summary["account"])
+
+
+def test_a_prompts_references_are_of_one_kind_and_the_most_human_one_there_is() -> None:
+    """Given as such before demonstrations before chosen answers; a demonstration counts wherever it stands."""
+    pair = [("better", {"rank": 0}), ("worse", {"rank": 1})]
+    prompts = [answers_to("only in prompts", ("shown", {})), Group((Message("user", "given"),), reference="the one")]
+    demonstrations = [
+        answers_to("both", ("first", {})),
+        answers_to("both", ("second", {})),
+        answers_to("given", ("x", {})),
+    ]
+    pairs = [answers_to(text, *pair) for text in ("both", "given", "only in pairs")]
+    corpus = Corpus(sft=Part(tuple(demonstrations)), preferences=Part(tuple(pairs)), prompts=Part(tuple(prompts)))
+    found = corpus.reference_answers()
+    ids = {g.prompt[0].content: g.prompt_id for g in (*prompts, *demonstrations, *pairs)}
+    assert found == {
+        ids["only in prompts"]: ("shown",), ids["given"]: ("the one",), ids["both"]: ("first", "second"),
+        ids["only in pairs"]: ("better",),
+    }  # fmt: skip

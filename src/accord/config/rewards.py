@@ -91,9 +91,9 @@ class ShapingConfig(Section):
 
     reference: Literal["none", "difference", "par"] = Field(
         "none",
-        description="Compare with the score of the prompt's reference answers (the data's chosen answers or "
-        "demonstrations): `difference` subtracts their mean; `par` is the mean of sigmoid(score - reference score), "
-        "bounded by 0 and 1.",
+        description="Compare with the score of the prompt's reference answers (its own, else its demonstrations, else "
+        "the chosen answers of its comparisons): `difference` subtracts their mean; `par` is the mean of "
+        "sigmoid(score - reference score), bounded by 0 and 1.",
     )
     missing_reference: Literal["refuse", "leave_out"] = Field(
         "refuse", description="Prompts without a reference answer: an error at the start, or left out and counted."

@@ -110,19 +110,22 @@ class Corpus:
         raise DataError("no prompts: set `data.prompts`, `data.preferences` or `data.sft`")
 
     def reference_answers(self) -> dict[int, tuple[str, ...]]:
-        """The different reference answers of each prompt that has any, by prompt id: those given as such, then
-        demonstrations, then the best answers of comparisons and ratings."""
-        found: dict[int, dict[str, None]] = {}
-        for part in (self.prompts, self.sft, self.preferences):
-            for group in part.groups:
-                if group.reference is not None:
-                    found.setdefault(group.prompt_id, {})[group.reference] = None
-        for part in (self.sft, self.preferences):
-            for group in convert_groups(part.groups, "sft", Counter(), Counter()):
-                for answer in group.completions:
+        """The reference answers of each prompt that has any, by prompt id: the different ones of the first kind it has
+        of those given as such, demonstrations, and the best answers of comparisons and ratings.
+
+        Kinds are not mixed: a demonstration is a person's, and a chosen answer may be a model's."""
+        given: dict[int, dict[str, None]] = {}
+        shown: dict[int, dict[str, None]] = {}
+        chosen: dict[int, dict[str, None]] = {}
+        for group in (g for part in (self.prompts, self.sft, self.preferences) for g in part.groups):
+            if group.reference is not None:
+                given.setdefault(group.prompt_id, {})[group.reference] = None
+            found = shown if group.kind == "sft" else chosen
+            for made in convert_groups((group,), "sft", Counter(), Counter()):
+                for answer in made.completions:
                     if len(answer.messages) == 1:
                         found.setdefault(group.prompt_id, {})[answer.text] = None
-        return {prompt_id: tuple(answers) for prompt_id, answers in found.items()}
+        return {prompt_id: tuple(answers) for prompt_id, answers in (chosen | shown | given).items()}
 
     def evaluation_prompts(self) -> Part | None:
         """`data.evaluation` as distinct prompts, or None: then the held-out part of `all_prompts` serves."""
