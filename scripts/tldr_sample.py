@@ -14,6 +14,7 @@ import argparse
 import json
 import random
 import re
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -52,12 +53,12 @@ def comparisons_of(posts: list[dict[str, str]], rng: random.Random) -> list[dict
     return rows
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", nargs="+", type=Path, help="plain text files")
     parser.add_argument("--out", type=Path, default=Path("tldr"), help="folder for posts.jsonl and comparisons.jsonl")
     parser.add_argument("--posts", type=int, default=600, help="use at most this many paragraphs")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     rng = random.Random(0)
     posts = [post for file in sorted(args.texts) for post in posts_of(file)]
     rng.shuffle(posts)

@@ -6,7 +6,6 @@ import importlib.util
 import io
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ def run(found: Recipe) -> dict[str, dict[str, Any]]:
     return run_stages(found, read_corpus(found.data), stages_of(found), Console(file=io.StringIO()))
 
 
-def tldr_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def tldr_files(folder: Path) -> dict[str, Any]:
     """Forty posts and their comparisons, by the script that the recipe names."""
     spec = importlib.util.spec_from_file_location("tldr_sample", ROOT / "scripts/tldr_sample.py")
     assert spec and spec.loader
@@ -54,15 +53,21 @@ def tldr_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     paragraph = "On day {0} the {1} horse went out to the field and met another one there. It ran, and " + "it ran " * 8
     text = "\n\n".join((paragraph.format(i, "brown" if i % 2 else "grey") + ".") * 1 for i in range(40))
     (folder / "horses.txt").write_text(text)
-    monkeypatch.setattr(sys, "argv", ["tldr_sample.py", str(folder / "horses.txt"), "--out", str(folder / "tldr")])
-    script.main()
+    script.main([str(folder / "horses.txt"), "--out", str(folder / "tldr")])
     posts, pairs = folder / "tldr/posts.jsonl", folder / "tldr/comparisons.jsonl"
     return {"data.sft": posts, "data.prompts": posts, "data.preferences": pairs, "sft.rouge.max_new_tokens": 6}
 
 
-def test_tldr_runs_and_judges_by_preference_and_by_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = recipe("tldr", tmp_path / "out", **tldr_files(tmp_path, monkeypatch))
-    summaries = run(found)
+@pytest.fixture(scope="module")
+def tldr(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, dict[str, dict[str, Any]]]:
+    """The TL;DR recipe, run: its settings, and the summaries of its stages."""
+    folder = tmp_path_factory.mktemp("tldr")
+    found = recipe("tldr", folder / "out", **tldr_files(folder))
+    return found, run(found)
+
+
+def test_tldr_runs_and_judges_by_preference_and_by_overlap(tldr: Any) -> None:
+    _, summaries = tldr
     assert {row["name"] for row in summaries["sft"]["headline"]} >= {"eval/rouge_1", "eval/rouge_2", "eval/rouge_l"}
     verdicts = {row["name"] for row in summaries["evaluate"]["comparisons"]}
     assert verdicts == {"ppo over sft", "sft over reference answers", "ppo over reference answers"}
@@ -74,15 +79,14 @@ def test_tldr_runs_and_judges_by_preference_and_by_overlap(tmp_path: Path, monke
     assert all({"low", "high", "n"} <= row.keys() for row in rouge.values())
 
 
-def test_the_tldr_reward_is_the_score_less_the_human_summarys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tldr_reward_is_the_score_less_the_human_summarys(tldr: Any) -> None:
     """Asked of the saved reward model directly: the mean reward is the mean score less the mean score of the human
     summaries of the posts, less the penalty of answers cut by length, less the price of KL, 0 in the first step."""
-    found = recipe("tldr", tmp_path / "out", **tldr_files(tmp_path, monkeypatch))
-    run(found)
-    rows = [json.loads(line) for line in (tmp_path / "out/ppo/metrics.jsonl").read_text().splitlines()]
+    found, _ = tldr
+    rows = [json.loads(line) for line in (found.root / "ppo/metrics.jsonl").read_text().splitlines()]
     corpus = read_corpus(found.data)
     context = Context(found, corpus, Console(file=io.StringIO()))
-    folder = tmp_path / "out/reward/model"
+    folder = found.root / "reward/model"
     scorer = model_scorer(context, *load_reward_model(folder), 8192, folder)
     groups, _ = split_holdout(corpus.all_prompts().groups, found.data.holdout)
     assert found.ppo is not None
@@ -96,10 +100,10 @@ def test_the_tldr_reward_is_the_score_less_the_human_summarys(tmp_path: Path, mo
     assert rows[0]["rollout/kl_per_sequence_nats"] == 0
 
 
-def test_tldr_text_is_laid_out_to_the_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tldr_text_is_laid_out_to_the_letter(tldr: Any) -> None:
     """T1, T2, T4: no space after "TL;DR:", one in front of the summary in demonstrations and comparisons alike, the end
     token last; a post that is too long loses its end, never what asks for the summary."""
-    found = recipe("tldr", tmp_path / "out", **tldr_files(tmp_path, monkeypatch))
+    found, _ = tldr
     corpus = read_corpus(found.data)
     groups = [*corpus.demonstrations().groups, *corpus.comparisons().groups]
     texts = [m.content for g in groups for m in (*g.prompt, *(m for c in g.completions for m in c.messages))]

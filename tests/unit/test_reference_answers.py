@@ -19,7 +19,7 @@ from accord.measures.text import rouge, rouge_l
 from accord.methods.context import LoadedPolicy
 from accord.methods.corpus import Corpus, Part, split_holdout
 from accord.pipeline import run_stages
-from accord.records import Group, Message
+from accord.records import Group, Message, SampledCompletion
 from stages_support import answers_to, logged, run_stage_on, saved_model
 
 DEMONSTRATIONS = [
@@ -92,6 +92,26 @@ def test_sft_logs_the_rouge_of_its_own_greedy_answers(tmp_path: Path) -> None:
     assert headline["eval/rouge_l"]["n"] == 5
     assert any("expected to fall" in text for text in summary["account"])
     assert max(score.rouge_1 for score in scores) > 0
+
+
+def test_each_answer_is_measured_against_its_own_demonstration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that writes every demonstration word for word has a ROUGE of 1; shuffled it would not."""
+    model = saved_model(tmp_path / "model", DEMONSTRATIONS, seed=3)
+    template = LoadedPolicy.from_folder(model, "auto").template
+    written = {g.prompt_id: template.completion(g.prompt, g.completions[0].messages).ids for g in DEMONSTRATIONS}
+
+    class Recites:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def generate(self, prompts: Any, *_: Any) -> list[tuple[SampledCompletion]]:
+            return [
+                (SampledCompletion(ids, (0.0,) * len(ids), "stop"),) for ids in (written[p.prompt_id] for p in prompts)
+            ]
+
+    monkeypatch.setattr("accord.methods.sft_rouge.NativeSampler", Recites)
+    summary = run_stage_on(tmp_path / "out", model, demonstrations(), "sft", {"rouge": {"max_new_tokens": 8}})
+    found = {row["name"]: row["value"] for row in summary["headline"]}
+    assert found["eval/rouge_1"] == found["eval/rouge_l"] == 1.0
 
 
 def test_rouge_without_held_out_demonstrations_is_refused(tmp_path: Path) -> None:

@@ -125,6 +125,7 @@ _MODEL_AND_DATA = {
     "pretrain": "model.path",
     "model.model_path": "model.path",
     "model.peft_config": "model.adapter",
+    "num_shared_layers": "model.trainable_blocks",
     "model.num_layers_unfrozen": "model.trainable_blocks",
     "model.adapter.r": "rank",
     "model.adapter.lora_alpha": "alpha",
