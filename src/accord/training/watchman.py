@@ -20,10 +20,12 @@ COLOURS = {"OK": "green", "WARN": "yellow", "ALERT": "bold red"}
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """Guards at ALERT, by name, and the first step at which one of them saw something."""
+    """Guards at ALERT, by name, and the first step at which one of them saw something; `acknowledged` are those whose
+    alerts were looked into before."""
 
     guards: tuple[str, ...]
     begun: int
+    acknowledged: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -35,7 +37,7 @@ class Alarm:
         return (
             f"paused at {place}: {self.text}; guards.jsonl says what was seen, and samples.jsonl shows the answers. "
             f"The state is saved. To go on all the same, run the command again with --set "
-            f"guards.acknowledge=[{','.join(self.guards)}]"
+            f"guards.acknowledge=[{','.join((*self.acknowledged, *self.guards))}]"
         )
 
 
@@ -83,7 +85,7 @@ class Watchman:
         if self._monitor is None or self._config is None or self._config.on_alert != action:
             return None
         alerts = self._monitor.alerts()
-        return Alarm(tuple(alerts), min(alerts.values())) if alerts else None
+        return Alarm(tuple(alerts), min(alerts.values()), self._config.acknowledge) if alerts else None
 
     def _tell(self, verdict: Verdict) -> None:
         colour = COLOURS[verdict.level]
