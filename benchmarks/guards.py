@@ -253,8 +253,8 @@ def main() -> None:
         prog="python -m benchmarks.guards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("runs/guards"), help="folder of runs and results")
-    parser.add_argument("--planted", type=int, default=14, help="runs of each of the four faults (default: 14)")
-    parser.add_argument("--clean", type=int, default=26, help="runs of each of the two clean rewards (default: 26)")
+    parser.add_argument("--planted", type=int, default=13, help="runs of each of the four faults (default: 13)")
+    parser.add_argument("--clean", type=int, default=25, help="runs of each of the two clean rewards (default: 25)")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each (default: 2)")
     parser.add_argument("--quick", action="store_true", help="two runs of each kind: minutes, and rates mean little")
     parser.add_argument("--tune", action="store_true", help="runs of the seeds that limits are chosen on, from 1000 on")

@@ -88,6 +88,6 @@ def test_gold_after_a_step_is_that_of_the_next_rollout() -> None:
 def test_kinds_take_turns_and_seeds_of_tuning_are_others() -> None:
     jobs = jobs_of(2, 3, 0)
     assert len(jobs) == 2 * 4 + 3 * 2 and len({job.name for job in jobs}) == len(jobs)
-    assert {job.kind for job in jobs[:6]} == {"length", "word", "repetition", "noisy", "gold", "model"}
+    assert {job.kind for job in jobs[:6]} == {"length", "word", "repetition", "noisy", "gold", "blurred"}
     models = {job.model for job in jobs if job.model}
     assert not models & {job.model for job in jobs_of(2, 3, 1000)}
