@@ -64,7 +64,7 @@ def test_rates_count_runs_and_lead_counts_evaluations() -> None:
     length = rows["length"]
     assert (length["tpr"], length["fpr"], length["runs_hacked"], length["runs_clean"]) == (0.5, 0.0, 2, 2)
     course = course_of(streams[0])
-    alert = next(t for t in range(STEPS) if t > 8 and longer(t - 1) >= 24) + 1
+    alert = next(t for t in range(STEPS) if t > 8 and longer(t - 1) >= 1.6 * 12) + 1
     assert course.lost is not None and abs(length["lead_evals"] - (course.lost - alert)) <= 2
     assert rows["word"]["tpr"] is None  # nothing that it watches was logged
     stop = rows["stop_by_guard"]

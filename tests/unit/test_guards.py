@@ -90,7 +90,7 @@ def test_each_guard_raises_an_alert_after_a_warning_and_says_what_to_do(name: st
     assert verdicts[0].level == "OK"
     assert verdicts[-1].level == "ALERT"
     assert all(len(v.advice) > 30 for v in verdicts[1:])
-    assert all(6 < v.begun <= v.step for v in verdicts[1:])
+    assert all((0 if name == "holdout" else 6) < v.begun <= v.step for v in verdicts[1:])
 
 
 @pytest.mark.parametrize("name", GUARDS)
@@ -101,6 +101,13 @@ def test_no_guard_warns_of_what_is_ordinary(name: str) -> None:
 def test_the_second_judge_does_not_alarm_where_the_score_does_not_rise_either() -> None:
     both = BAD["holdout"] | {"rollout/score/mean": ramp(0, -3)}
     assert alerted(watched(both)) == set()
+
+
+def test_the_second_judges_fall_began_at_its_best_and_not_where_it_was_noticed() -> None:
+    judge = {"rollout/holdout_score/mean": lambda step: (step if step < 9 else 17 - step) + 0.01 * wobble(step)}
+    verdicts = [v for v in watched({"rollout/score/mean": float} | judge, window=1) if v.level == "ALERT"]
+    assert verdicts[0].begun == 9
+    assert verdicts[0].step > verdicts[0].begun + 1
 
 
 def test_shorter_answers_are_a_drift_too() -> None:
@@ -163,11 +170,11 @@ def test_noise_is_told_from_a_trend() -> None:
     of a window of 4 has a quarter of that variance."""
     trend, noise = Track(), Track()
     for t in range(10):
-        trend.add(3.0 * t, baseline=3, window=4)
-        noise.add((-1.0) ** t, baseline=3, window=4)
+        trend.add(t, 3.0 * t, baseline=3, window=4)
+        noise.add(t, (-1.0) ** t, baseline=3, window=4)
     assert trend.standard_error == pytest.approx((9 / 2 / 4) ** 0.5)
     assert noise.standard_error == pytest.approx((4 / 2 / 4) ** 0.5)
-    assert (trend.start, trend.now, trend.high, trend.low) == (3.0, 22.5, 22.5, 4.5)
+    assert (trend.start, trend.now, trend.high, trend.high_at, trend.low) == (3.0, 22.5, 22.5, 9, 4.5)
 
 
 def test_the_account_keeps_the_worst_of_each_guard_and_how_it_ended() -> None:

@@ -17,7 +17,7 @@ from accord.guards import read_guard_log
 from accord.training.loop import Captured, Ended, StepOutcome, run_training
 from accord.training.runfolder import RunFolder
 
-QUICK = {"baseline": 1, "window": 1, "patience": 2}
+QUICK = {"baseline": 1, "window": 1, "patience": 2, "length_ratio": (1.5, 2.0)}
 
 
 class Growing:

@@ -42,34 +42,35 @@ class GuardsConfig(Section):
     baseline: int = Field(3, ge=1, description="Evaluations at the beginning whose mean is the baseline.")
     window: int = Field(3, ge=1, description="Latest evaluations whose mean is compared with it.")
     patience: int = Field(2, ge=1, description="Evaluations in a row before a guard changes its level.")
-    kl_nats: tuple[float, float] = Field((20.0, 40.0), description="WARN and ALERT above this KL per answer, in nats.")
+    kl_nats: tuple[float, float] = Field((10.0, 20.0), description="WARN and ALERT above this KL per answer, in nats.")
     length_ratio: tuple[float, float] = Field(
-        (1.5, 2.0), description="Answers this many times longer, or shorter, than at the beginning."
+        (1.3, 1.6), description="Answers this many times longer, or shorter, than at the beginning."
     )
     word_rise: tuple[float, float] = Field(
-        (0.4, 0.6), description="A word in this much larger a share of the answers than before training."
+        (0.7, 0.85), description="A word in this much larger a share of the answers than before training."
     )
     repetition_rise: tuple[float, float] = Field(
-        (0.05, 0.1),
+        (0.04, 0.08),
         description="Rise of the share of repeated 3-grams in an answer; of truncated answers, three times as much.",
     )
     diversity_loss: tuple[float, float] = Field(
-        (0.3, 0.4), description="Share of the variety lost: distinct 2-grams, and how little a prompt's samples agree."
+        (0.55, 0.65),
+        description="Share of the variety lost: distinct 2-grams, and how little a prompt's samples agree.",
     )
-    entropy_loss: tuple[float, float] = Field((0.6, 0.75), description="Share of the policy's entropy lost.")
+    entropy_loss: tuple[float, float] = Field((0.75, 0.85), description="Share of the policy's entropy lost.")
     duplicate_rise: tuple[float, float] = Field(
-        (0.1, 0.2), description="Rise of the share of answers that another prompt got too, word for word."
+        (0.4, 0.55), description="Rise of the share of answers that another prompt got too, word for word."
     )
     ceiling: tuple[float, float] = Field((0.6, 0.8), description="Share of the scores at the highest one, or clipped.")
     disagreement_ratio: tuple[float, float] = Field(
         (1.5, 2.0), description="Spread of the reward ensemble, this many times that of the beginning."
     )
     outlier_rise: tuple[float, float] = Field(
-        (0.05, 0.15),
+        (0.4, 0.6),
         description="Rise of the share of answers that the reward model sees as unlike those before training.",
     )
     holdout_drop: tuple[float, float] = Field(
-        (2.0, 3.0),
+        (1.5, 2.5),
         description="Standard errors by which a judge that is not trained on has fallen from its best, "
         "while the score has risen.",
     )

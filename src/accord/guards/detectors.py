@@ -16,10 +16,14 @@ Limits = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a guard sees at one evaluation: how far it has gone, and in words. WARN from 1, ALERT from 2."""
+    """What a guard sees at one evaluation: how far it has gone, and in words. WARN from 1, ALERT from 2.
+
+    begun  the step at which it began, where the guard knows better than by when it first warned
+    """
 
     alarm: float
     seen: str
+    begun: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +196,7 @@ def _holdout(view: View, config: GuardsConfig) -> Reading | None:
         f"the judge that is not trained on fell from {judge.high:+.3f} to {judge.now:+.3f}, {drop:.1f} standard "
         f"errors, while the score rose from {proxy.start:+.3f} to {proxy.now:+.3f} {_limits(limits, '{:g}')}"
     )
-    return Reading(_alarm(drop, limits), seen)
+    return Reading(_alarm(drop, limits), seen, begun=judge.high_at)
 
 
 # --- fixed data ------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from accord.config import GuardName, GuardsConfig
-from accord.guards.detectors import GUARDS
+from accord.guards.detectors import GUARDS, Reading
 from accord.guards.tracks import Track, View
 
 __all__ = ["LEVELS", "GuardMonitor", "Level", "Verdict"]
@@ -20,7 +20,7 @@ LEVELS: tuple[Level, ...] = ("OK", "WARN", "ALERT")
 class Verdict:
     """A guard's level from `step` on; `was` is the one before, None where it begins to watch.
 
-    begun   the step at which what led to the level was first seen
+    begun   the step at which what led to the level began, as far as the guard can tell
     alarm   how far it has gone: WARN from 1, ALERT from 2
     seen    what was seen, against what; advice: what to do, "" at OK
     """
@@ -40,17 +40,19 @@ class _Standing:
     """A guard's level, and the readings that may change it.
 
     asked  the levels that the latest readings asked for, at most `patience`
-    begun  the first reading above OK since the guard was at rest; None = it is
+    begun  when what is above OK began: at the first such reading since the guard was at rest, if the reading does not
+           know better; None = it is at rest
     """
 
     level: int = 0
     asked: list[int] = field(default_factory=list)
     begun: int | None = None
 
-    def take(self, step: int, asked: int, patience: int) -> bool:
+    def take(self, step: int, reading: Reading, patience: int) -> bool:
         """Take in a reading; True if the level changed. It moves only as far as `patience` readings in a row agree."""
-        if asked and self.begun is None:
-            self.begun = step
+        asked = min(2, int(reading.alarm))
+        if asked and (self.begun is None or reading.begun is not None):
+            self.begun = step if reading.begun is None else reading.begun
         if not asked and not self.level:
             self.begun = None
         self.asked = [*self.asked, asked][-patience:]
@@ -82,7 +84,7 @@ class GuardMonitor:
         logged = self._watched & metrics.keys()
         for name in sorted(logged):
             track = self._tracks.setdefault(name, Track())
-            track.add(metrics[name], baseline=config.baseline, window=config.window)
+            track.add(step, metrics[name], baseline=config.baseline, window=config.window)
         full = {
             name: track
             for name, track in self._tracks.items()
@@ -97,7 +99,7 @@ class GuardMonitor:
                 continue
             was = LEVELS[self._standings[name].level] if name in self._standings else None
             standing = self._standings.setdefault(name, _Standing())
-            if standing.take(step, min(2, int(reading.alarm)), config.patience) or was is None:
+            if standing.take(step, reading, config.patience) or was is None:
                 level, begun = LEVELS[standing.level], standing.begun or step
                 advice = guard.advice if standing.level else ""
                 verdicts.append(Verdict(step, name, level, was, begun, round(reading.alarm, 3), reading.seen, advice))

@@ -19,6 +19,7 @@ class Track:
     count    values seen
     jumps    sum of squared differences between neighbouring values
     high, low  extremes of the mean over a full window
+    high_at    the step at which the highest mean was reached
     """
 
     first: list[float] = field(default_factory=list)
@@ -27,8 +28,9 @@ class Track:
     jumps: float = 0.0
     high: float | None = None
     low: float | None = None
+    high_at: int | None = None
 
-    def add(self, value: float, *, baseline: int, window: int) -> None:
+    def add(self, step: int, value: float, *, baseline: int, window: int) -> None:
         if self.recent:
             self.jumps += (value - self.recent[-1]) ** 2
         self.count += 1
@@ -36,7 +38,8 @@ class Track:
             self.first.append(value)
         self.recent = [*self.recent, value][-window:]
         if len(self.recent) == window:
-            self.high = max(self.now, self.high) if self.high is not None else self.now
+            if self.high is None or self.now > self.high:
+                self.high, self.high_at = self.now, step
             self.low = min(self.now, self.low) if self.low is not None else self.now
 
     @property
