@@ -9,6 +9,7 @@ import importlib.util
 import re
 import shlex
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +20,7 @@ from accord.cli.main import _parser
 from accord.config import Recipe, load_recipe
 from accord.config.load import overrides_tree, recipe_from, section_in
 from accord.methods.catalogue import STAGES
-from accord.metrics import GROUPS, METRICS
+from accord.metrics import FAMILIES, GROUPS, METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -66,6 +67,11 @@ def commands(program: str) -> list[Any]:
 
 def in_language(language: str) -> list[Any]:
     return of_pages({page: [text for found, text in blocks(page) if found == language] for page in PAGES})
+
+
+def of_family(name: str) -> bool:
+    """Whether a metric is one of those that have a name from the recipe in them."""
+    return any(fnmatch(name, family) for family in FAMILIES)
 
 
 def make_targets() -> set[str]:
@@ -146,7 +152,7 @@ def test_keys_metrics_and_files_named_in_the_docs_exist(page: Path) -> None:
         path_in_a_row = section == "data" and page.name == "data-formats.md"
         assert model and (name in {*model.model_fields, "py", "jsonl"} or path_in_a_row), f"{page}: {section}.{name}"
     for name in re.findall(rf"`((?:{'|'.join(GROUPS)})/[\w/]+)`", text):
-        assert name in METRICS or (ROOT / "src/accord" / name).exists(), f"{page}: {name}"
+        assert name in METRICS or of_family(name) or (ROOT / "src/accord" / name).exists(), f"{page}: {name}"
     for name in re.findall(r"`([\w/]+/\w+\.py)(?:::\w+)?`", text):
         assert any((folder / name).exists() for folder in (ROOT, ROOT / "src/accord", ROOT / "src")), f"{page}: {name}"
 
