@@ -220,6 +220,7 @@ GOOD: dict[str, Any] = {
         ({"ppo": PPO | {"init": "x"}}, "`ppo.init` is set, but the loop chooses"),
         ({"ppo": PPO | {"reward_model": "x"}}, "`ppo.reward_model` is set"),
         ({"ppo": PPO | {"reward_function": "a:b", "value_init": "policy"}}, "`ppo.reward_function` is set"),
+        ({"ppo": PPO | {"scorers": {"x": {"function": "a:b"}}, "value_init": "policy"}}, "none of `ppo.scorers` is"),
         ({"loop": {"labeller": "function"}}, "needs `loop.label_function`"),
         ({"loop": {"comparisons": 41, "holdout_pairs": 5}}, "there are only 40 distinct prompts"),
         ({"loop": {"comparisons": 20, "holdout_pairs": 30}}, r"prompts are held out: lower it, raise `data.holdout`"),

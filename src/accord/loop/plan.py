@@ -48,9 +48,14 @@ def check_loop(recipe: Recipe, corpus: Corpus, given: Collection[str] = ()) -> N
         ("init", "the loop chooses where each round starts (`loop.start_from`)"),
         ("reward_model", "the loop refits its own"),
         ("reward_function", "the loop fits a reward model to labels"),
+        ("environment", "people compare single answers"),
     ):
-        if getattr(section, key) is not None:
+        if getattr(section, key, None) is not None:
             raise ConfigError(f"`{online}.{key}` is set, but {instead}: unset it")
+    if section.scorers and not any("reward" in (one.model, *one.models) for one in section.scorers.values()):
+        raise ConfigError(
+            f"none of `{online}.scorers` is the reward model that the loop refits: add one, model: reward"
+        )
     stages = [*(["sft"] if recipe.sft is not None else []), online]
     check_names(recipe, [*stages, "reward"])
     check_sizes(recipe, corpus, stages)
