@@ -178,8 +178,8 @@ def _sample_summary(sheet: Sheet, teach: Sequence[Pair], judged: Sequence[Pair])
     warnings = []
     if equal > len(teach) / 2:
         warnings.append(
-            f"{sheet.newest.name.capitalize()} gave two equal answers to {equal:,} of {len(teach):,} prompts: it hardly "
-            "varies any more, so there is little to compare and little to learn. Train it less far in a round."
+            f"{sheet.newest.name.capitalize()} gave two equal answers to {equal:,} of {len(teach):,} prompts: it "
+            "hardly varies any more, so there is little to compare and little to learn. Train it less far in a round."
         )
     rows = [headline("pairs to label", wanted)]
     return {"headline": rows, "account": account, "warnings": warnings, "equal": equal}

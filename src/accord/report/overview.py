@@ -53,7 +53,7 @@ def overview_report(root: Path, stages: Sequence[str]) -> Path:
         element("p", "Accord report", class_="eyebrow"),
         element("h1", whole.stage),
         element("p", _subtitle(whole, len(runs)), class_="sub"),
-        *warnings([*whole.warnings, *(f"{stage_title(run)}: {text}" for run in runs for text in run.warnings)]),
+        *warnings([*whole.warnings, *(f"{_titled(root, run)}: {text}" for run in runs for text in run.warnings)]),
     )
     parts: list[tuple[str, str | None, list[Html | None]]] = [
         ("In short", None, _in_short(whole)),
@@ -120,6 +120,10 @@ def _place(root: Path, run: Run) -> str:
     return "" if inside == "." else inside
 
 
+def _titled(root: Path, run: Run) -> str:
+    return ", ".join(filter(None, (_place(root, run), stage_title(run))))
+
+
 def _foremost(run: Run) -> list[Estimate]:
     """Two numbers that stand for a stage: its first ones, or its first judge's first comparisons."""
     own = [item for item in run.headline if not item.source]
@@ -131,8 +135,7 @@ def _ppo(root: Path, runs: Sequence[Run]) -> list[Html | None]:
     sampled = [run for run in runs if any(name.startswith("rollout/") for name in run.metrics)]
     parts: list[Html | None] = []
     for run in sampled:
-        title = ", ".join(filter(None, (_place(root, run), stage_title(run))))
-        parts += [element("h3", title)] if len(sampled) > 1 else []
+        parts += [element("h3", _titled(root, run))] if len(sampled) > 1 else []
         parts.append(grid([over_optimisation_figure(run), *metric_figures(run, OVERVIEW_PANELS)]))
     return parts
 
