@@ -46,7 +46,7 @@ class Variant:
     settings: Mapping[str, Any]
 
 
-STD_FREE = {"advantage_scale": "none", "averaging": "constant", "kl_term": "reward_k1"}
+STD_FREE = {"advantage_scale": "none", "averaging": "constant", "kl_estimator": "k1", "kl_in": "reward"}
 VARIANTS: dict[str, Variant] = {
     "ppo 4x4": Variant("ppo", 2, {"quickstart": 2e-4, "randomwalks": 3e-4}, {"update_epochs": 4, "minibatches": 4}),
     "ppo 2x2": Variant("ppo", 2, {"quickstart": 2e-4, "randomwalks": 3e-4}, {"update_epochs": 2, "minibatches": 2}),
