@@ -7,9 +7,9 @@ import math
 
 import numpy as np
 import pytest
-from benchmarks.scaling import Fit, fit, gain_at, resampled_fits
 
 from accord.randomness import generator
+from benchmarks.scaling import Fit, fit, gain_at, resampled_fits
 
 DISTANCES = np.array([0.0, 0.5, 1.0, 2.0, 4.0])
 

@@ -259,6 +259,8 @@ def test_a_stage_of_all_kinds_of_judges_logs_each_and_their_sum(
     assert {"weights 1 of pair", "weights 2 of pair", "weights of heads", "function of short"} <= sources.keys()
     known = [json.loads(line) for line in (tmp_path / "run" / "ppo" / "scores-service.jsonl").read_text().splitlines()]
     assert len({row["key"] for row in known}) == len(known) > 0
+    # The guards look at answers before training through the reward model alone: a service may be paid by the answer.
+    assert sum(len(one["body"]["completions"]) for one in asked) <= ONLINE["episodes"]
     report = (tmp_path / "run" / "ppo" / "report.html").read_text()
     assert "rollout/scorer/service/mean" in report and "rollout/truncation_term/mean" in report
 

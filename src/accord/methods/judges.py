@@ -14,7 +14,15 @@ from accord.methods.reward_models import reward_model_beside
 from accord.rewards.compose import ComposedScorer, EnsembleScorer, Weighted
 from accord.rewards.http import Client
 from accord.rewards.remote import Journal, endpoint_scorer, judge_scorer
-from accord.rewards.scorers import FunctionScorer, ModelScorer, NoScorer, Scorer, TokenFunctionScorer, load_function
+from accord.rewards.scorers import (
+    FunctionScorer,
+    JudgingModel,
+    ModelScorer,
+    NoScorer,
+    Scorer,
+    TokenFunctionScorer,
+    load_function,
+)
 
 __all__ = ["Judge", "Judges", "function_scorer", "judges_of", "model_scorer"]
 
@@ -49,20 +57,22 @@ class Judges:
     gold: FunctionScorer | None
     sources: dict[str, str] = field(default_factory=dict)
 
-    def scorer(self, context: Context, budget: int, policy: LoadedPolicy, folder: Path) -> tuple[Scorer, Any | None]:
-        """The scorer, and the model behind its first judge that is one reward model; it shares with the policy what it
-        can. What remote judges answer is kept in `folder`."""
+    def scorer(
+        self, context: Context, budget: int, policy: LoadedPolicy, folder: Path
+    ) -> tuple[Scorer, JudgingModel | None]:
+        """The scorer, and its first judge that is one reward model, which shares with the policy what it can. What
+        remote judges answer is kept in `folder`."""
         built = [_built(context, judge, budget, policy, folder) for judge in self.judges]
-        reward_model = next((model for _, model in built if model is not None), None)
+        first = next((JudgingModel(scorer, model) for scorer, model in built if model is not None), None)
         if not built:
             return NoScorer("the environment"), None
         if not self.composed:
-            return built[0][0], reward_model
+            return built[0][0], first
         weighted = [
             Weighted(judge.name, scorer, judge.config.weight)
             for judge, (scorer, _) in zip(self.judges, built, strict=True)
         ]
-        return ComposedScorer(weighted), reward_model
+        return ComposedScorer(weighted), first
 
 
 def judges_of(context: Context, stage: str, section: SamplingFields) -> Judges:

@@ -99,15 +99,15 @@ def run_rollout_stage(
             context, stage, section, step_prompts(context, policy, section.max_new_tokens)
         )
         check_prompts(stage, section, len(prompts))
-        scorer, reward_model = judges.scorer(context, section.micro_batch_tokens, policy, run.path)
+        scorer, judge = judges.scorer(context, section.micro_batch_tokens, policy, run.path)
         models = rollout_models(context, section, policy, scorer, judges.gold, [t for _, t in prompts], partner)
         if answers is not None:
             models.rewards.references = ReferenceScores(scorer, answers)
         # Before anything is restored the policy is the one training started from.
         asked = prompts[: min(MAX_ANSWERS, 2 * section.prompts_per_step * section.samples_per_prompt)]
         first = first_answers(models, asked, section, (f"{stage}-watch", context.seed))
-        models = replace(models, watch=watch_answers(first, scorer, reward_model, holdout_of(context, section)))
-        trainer = trainer_of(Cast(policy, models, prompts, reward_model))
+        models = replace(models, watch=watch_answers(first, judge, holdout_of(context, section)))
+        trainer = trainer_of(Cast(policy, models, prompts, None if judge is None else judge.model))
         context.say(
             f"{len(prompts)} prompts, {trainer.total_steps} rollouts of {section.prompts_per_step} prompts x "
             f"{section.samples_per_prompt} samples, {section.update_epochs} x {section.minibatches} updates each"

@@ -17,13 +17,12 @@ from accord.methods.context import (
 from accord.methods.corpus import split_holdout
 from accord.methods.judges import model_scorer
 from accord.methods.rollouts import Prompt, RolloutModels
-from accord.methods.watch import Holdout
 from accord.models.adapters import has_adapter
 from accord.models.layout import Layout
 from accord.models.load import load_reward_model
 from accord.models.sharing import sharing_copy
 from accord.records import TokenCompletion, TokenGroup
-from accord.rewards.scorers import Scorer, load_function
+from accord.rewards.scorers import JudgingModel, Scorer, load_function
 from accord.rollout.conversations import Partner
 from accord.rollout.native import NativeSampler
 
@@ -52,13 +51,13 @@ def starting_model(context: Context, init: str | None) -> Path | str:
     return init or stage_model(context, "sft") or base_folder(context)
 
 
-def holdout_of(context: Context, section: RolloutFields) -> Holdout | None:
+def holdout_of(context: Context, section: RolloutFields) -> JudgingModel | None:
     """The reward model that is only measured with; None when the section names none."""
     folder = section.holdout_reward_model
     if folder is None:
         return None
     model, tokenizer = load_reward_model(folder)
-    return Holdout(model_scorer(context, model, tokenizer, section.micro_batch_tokens, folder), model)
+    return JudgingModel(model_scorer(context, model, tokenizer, section.micro_batch_tokens, folder), model)
 
 
 def step_prompts(context: Context, policy: LoadedPolicy, max_new_tokens: int) -> list[Prompt]:

@@ -15,19 +15,11 @@ from accord.measures.outliers import Cloud, outlier_fraction
 from accord.measures.text import word_shares
 from accord.models.heads import score_head
 from accord.records import ScoreRequest
-from accord.rewards.scorers import Scorer, values_of
+from accord.rewards.scorers import JudgingModel, values_of
 
-__all__ = ["MAX_ANSWERS", "Holdout", "Watch", "heard", "watch_answers"]
+__all__ = ["MAX_ANSWERS", "Watch", "heard", "watch_answers"]
 
 MAX_ANSWERS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Holdout:
-    """A reward model that is only measured with."""
-
-    scorer: Scorer
-    model: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +29,13 @@ class Watch:
     word_shares  the share of them that held each word
     cloud        where a reward model's last hidden states lay; None without a reward model
     head         of that model: the one that is trained against, or the hold-out where a function scores
-    holdout      None without one
+    holdout      a reward model that is only measured with; None without one
     """
 
     word_shares: Mapping[str, float]
     cloud: Cloud | None = None
     head: nn.Module | None = None
-    holdout: Holdout | None = None
+    holdout: JudgingModel | None = None
 
     def metrics(self, requests: Sequence[ScoreRequest], states: Sequence[Tensor]) -> dict[str, float]:
         """What a rollout's answers, and the `states` heard while they were scored, are by comparison."""
@@ -60,17 +52,17 @@ class Watch:
 
 
 def watch_answers(
-    requests: Sequence[ScoreRequest], scorer: Scorer, reward_model: Any | None, holdout: Holdout | None
+    requests: Sequence[ScoreRequest], judge: JudgingModel | None, holdout: JudgingModel | None
 ) -> Watch:
-    """A watch from answers of the starting policy; it is the same at every start of a run, so nothing is saved."""
+    """A watch from answers of the starting policy; it is the same at every start of a run, so nothing is saved. `judge`
+    is the reward model that is trained against, and nobody else is asked: other judges may be paid by the answer."""
     watch = Watch(word_shares([request.completion for request in requests]), holdout=holdout)
-    if reward_model is None and holdout is not None:
-        scorer, reward_model = holdout.scorer, holdout.model
-    if reward_model is None:
+    heard_model = judge or holdout
+    if heard_model is None:
         return watch
-    head = score_head(reward_model)
+    head = score_head(heard_model.model)
     with heard(head) as states:
-        scorer.score(requests)
+        heard_model.scorer.score(requests)
     return replace(watch, cloud=Cloud.of(_points(states)), head=head)
 
 

@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,7 @@ from accord.records import Completion, Group, Message, Score, ScoreRequest, cont
 
 __all__ = [
     "FunctionScorer",
+    "JudgingModel",
     "ModelScorer",
     "NoScorer",
     "RewardFunction",
@@ -91,6 +93,14 @@ class ModelScorer:
                     else Score(None, f"the reward model returned {value}")
                 )
         return results
+
+
+@dataclass(frozen=True, slots=True)
+class JudgingModel:
+    """One reward model, and the scorer that asks it alone."""
+
+    scorer: Scorer
+    model: Any
 
 
 class FunctionScorer:
