@@ -68,7 +68,7 @@ MEANT: dict[str, tuple[str, ...]] = {
     "holdout": PLANTED,
     "any": PLANTED,
 }
-EVERY, KEEP = 2, 4  # checkpoints of a run that guards may stop
+EVERY, KEEP = 2, 13  # checkpoint_every and keep_checkpoints of a run that guards may stop: all are there to go back to
 
 
 @dataclass(frozen=True, slots=True)

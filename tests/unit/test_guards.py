@@ -126,6 +126,11 @@ def test_one_odd_evaluation_changes_nothing_and_a_level_must_last_to_be_left() -
     assert told == [(3, None, "OK"), (9, "OK", "ALERT"), (14, "ALERT", "OK")]
 
 
+def test_a_guard_that_is_alarmed_from_its_first_reading_on_needs_as_many_as_any_other() -> None:
+    told = [(v.step, v.level) for v in watched({"rollout/ceiling_fraction": lambda step: 0.9}, patience=3)]
+    assert told == [(3, "OK"), (5, "ALERT")]
+
+
 def test_a_level_rises_only_as_far_as_the_readings_agree() -> None:
     steps = {"rollout/ceiling_fraction": lambda step: {8: 0.7, 9: 0.9, 10: 0.9}.get(step, 0.1)}
     told = [(v.step, v.level) for v in watched(steps, range(1, 11), window=1, patience=2)]

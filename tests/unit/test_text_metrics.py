@@ -106,7 +106,7 @@ def test_repetition_within_an_answer() -> None:
 
 
 def test_a_duplicate_is_an_answer_that_another_prompt_got_too() -> None:
-    assert duplicate_fraction([["Yes!", "no"], ["yes", "maybe"], ["so", "so"]]) == pytest.approx(2 / 6)
+    assert duplicate_fraction([["Yes!", "no"], ["yes", "maybe"], ["so", "so", "so"]]) == pytest.approx(2 / 7)
     assert duplicate_fraction([]) == 0.0
 
 
