@@ -110,6 +110,12 @@ def test_the_second_judges_fall_began_at_its_best_and_not_where_it_was_noticed()
     assert verdicts[0].step > verdicts[0].begun + 1
 
 
+def test_desirable_answers_that_become_unlikely_are_seen_without_pairs() -> None:
+    kto = {"train/desirable_logprob/mean": ramp(-20, -60), "train/accuracy": ramp(0.5, 0.9)}
+    assert alerted(watched(kto)) == {"likelihood"}
+    assert alerted(watched(kto | {"train/accuracy": ramp(0.5, 0.4)})) == set()
+
+
 def test_shorter_answers_are_a_drift_too() -> None:
     assert alerted(watched({"rollout/completion_tokens/mean": ramp(30, 8)})) == {"length"}
 

@@ -75,7 +75,7 @@ class GuardsConfig(Section):
         "while the score has risen.",
     )
     likelihood_loss: tuple[float, float] = Field(
-        (0.25, 0.5), description="Share of its log-probability at the beginning that the preferred answer has lost."
+        (0.25, 0.5), description="Share of their log-probability at the beginning that good answers have lost."
     )
     overfit: tuple[float, float] = Field(
         (0.05, 0.15),

@@ -12,6 +12,12 @@ from accord.guards.tracks import Track, View
 __all__ = ["GUARDS", "Guard", "Reading"]
 
 Limits = tuple[float, float]
+_GOOD_ANSWERS = (
+    "eval/chosen_logprob/mean",
+    "eval/desirable_logprob/mean",
+    "train/chosen_logprob/mean",
+    "train/desirable_logprob/mean",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,14 +209,14 @@ def _holdout(view: View, config: GuardsConfig) -> Reading | None:
 
 
 def _likelihood(view: View, config: GuardsConfig) -> Reading | None:
-    chosen = view.of("eval/chosen_logprob/mean", "train/chosen_logprob/mean")
-    margin = view.of("train/margin/mean")
-    if chosen is None or margin is None or chosen.start >= 0 or margin.now <= margin.start:
+    good = view.of(*_GOOD_ANSWERS)
+    learned = view.of("train/margin/mean", "train/accuracy")
+    if good is None or learned is None or good.start >= 0 or learned.now <= learned.start:
         return None
-    loss, limits = chosen.now / chosen.start - 1, config.likelihood_loss
+    loss, limits = good.now / good.start - 1, config.likelihood_loss
     seen = (
-        f"the log-probability of the preferred answers fell from {chosen.start:.1f} to {chosen.now:.1f} nats while the "
-        f"margin rose: the policy leaves both answers {_limits(limits, 'a loss of {:.0%}')}"
+        f"the log-probability of good answers fell from {good.start:.1f} to {good.now:.1f} nats while they are told from "
+        f"the others better and better: the policy leaves both {_limits(limits, 'a loss of {:.0%}')}"
     )
     return Reading(_alarm(loss, limits), seen)
 
@@ -280,9 +286,10 @@ GUARDS: Mapping[GuardName, Guard] = MappingProxyType(
             "The reward is being gamed: keep the weights from before the fall, and mend the reward before going on.",
         ),
         "likelihood": Guard(
-            "likelihood of the preferred answers",
-            ("eval/chosen_logprob/mean", "train/chosen_logprob/mean", "train/margin/mean"), _likelihood,
-            "Raise beta, lower learning_rate, stop earlier, or add an SFT term (sft_coef).",
+            "likelihood of the good answers",
+            (*_GOOD_ANSWERS, "train/margin/mean", "train/accuracy"),
+            _likelihood,
+            "Raise beta, lower learning_rate, stop earlier, or add an SFT term (sft_coef of dpo).",
         ),
         "overfit": Guard(
             "held-out loss up, training loss down", ("train/loss", "eval/loss"), _overfit,
