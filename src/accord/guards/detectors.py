@@ -215,8 +215,8 @@ def _likelihood(view: View, config: GuardsConfig) -> Reading | None:
         return None
     loss, limits = good.now / good.start - 1, config.likelihood_loss
     seen = (
-        f"the log-probability of good answers fell from {good.start:.1f} to {good.now:.1f} nats while they are told from "
-        f"the others better and better: the policy leaves both {_limits(limits, 'a loss of {:.0%}')}"
+        f"the log-probability of good answers fell from {good.start:.1f} to {good.now:.1f} nats while they are told "
+        f"from the others better and better: the policy leaves both {_limits(limits, 'a loss of {:.0%}')}"
     )
     return Reading(_alarm(loss, limits), seen)
 
