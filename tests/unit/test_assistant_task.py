@@ -493,6 +493,11 @@ def test_identical_answers_make_no_pair() -> None:
     assert comparisons_to_groups([annotate(SUM, "it is 7.", "it is 7.", pair_key=0)]) == []
 
 
+def test_an_empty_answer_makes_no_row_that_cannot_be_read() -> None:
+    comparisons = [annotate(SUM, "it is 7.", text, pair_key=0) for text in ("", " \n", "7.")]
+    assert [{c.text for c in group.completions} for group in comparisons_to_groups(comparisons)] == [{"it is 7.", "7."}]
+
+
 def test_agreement_without_any_better_answer_is_an_error() -> None:
     with pytest.raises(DataError, match="no comparison has two answers of different utility"):
         agreement([annotate(SUM, "it is 7.", "7.", pair_key=0)])

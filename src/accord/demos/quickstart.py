@@ -28,6 +28,7 @@ from accord.rollout.native import NativeSampler, PromptTokens
 from accord.rollout.sampling import Sampling
 from accord.tasks.assistant import (
     TIE_MARGIN,
+    Comparison,
     agreement,
     annotate,
     comparisons_to_groups,
@@ -166,7 +167,7 @@ def run_annotators(context: Context, compared: int = NUM_COMPARED) -> dict[str, 
         ]
         groups = comparisons_to_groups(comparisons)
         _write(run.path / "comparisons.jsonl", groups)
-        return _annotation_summary(context, comparisons, groups)
+        return _annotation_summary(comparisons, groups)
 
     return run_stage(context, "annotate", settings={"num_prompts": compared}, sources=weights_hash(folder), body=body)
 
@@ -177,15 +178,17 @@ def _write(path: Path, groups: Sequence[Group]) -> None:
             write(group)
 
 
-def _annotation_summary(context: Context, comparisons: Sequence[Any], groups: Sequence[Group]) -> dict[str, Any]:
+def _annotation_summary(comparisons: Sequence[Comparison], groups: Sequence[Group]) -> dict[str, Any]:
     facts = agreement(comparisons)
+    equal = sum(c.answers[0] == c.answers[1] for c in comparisons)
+    empty = len(comparisons) - len(groups) - equal
     account = (
         f"Simulated annotators compared {len(comparisons):,} pairs of answers, three votes a pair. Two of them agree "
         f"on "
         f"{facts.annotators:.1%} of the pairs; one vote picks the truly better answer {facts.accuracy:.1%} of the "
         f"time, "
-        f"the majority {facts.majority:.1%}. {len(comparisons) - len(groups):,} pairs were two equal answers and are "
-        f"left out."
+        f"the majority {facts.majority:.1%}. {equal:,} pairs were two equal answers and are left out"
+        + (f", and {empty:,} with an empty answer." if empty else ".")
     )
     return {
         "headline": [

@@ -167,6 +167,7 @@ def _measured(root: Path, done: Round) -> dict[str, Any]:
         "labels_sha256": done.labelled["fingerprint"],
         "pairs_sha256": done.sampled["fingerprint"],
         "equal_pairs_left_out": done.sampled["equal"],
+        "empty_pairs_left_out": done.sampled["empty"],
         "old_reward_model_agrees": _dict(done.drift),
         "new_reward_model_accuracy": _dict(done.accuracy),
         "best_so_far": done.standing.best,

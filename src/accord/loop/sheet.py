@@ -67,6 +67,11 @@ class Pair:
     def equal(self) -> bool:
         return self.a == self.b
 
+    @property
+    def empty(self) -> bool:
+        """One of the answers says nothing: no row of data for a reward model."""
+        return not (self.a.strip() and self.b.strip())
+
 
 def write_pairs(path: Path, pairs: Iterable[Pair]) -> None:
     rows = ({**_shown(p), "writers": p.writers, "finished": p.finished} for p in pairs)

@@ -89,7 +89,8 @@ def run_sample(context: Context, online: str, sheet: Sheet) -> dict[str, Any]:
             others = held_out(context.corpus, context.recipe.data.holdout)
             order = permutation(len(others), "loop-holdout", context.seed)[: config.holdout_pairs]
             judged = drawn.each((sheet.newest, sheet.best), [others[i] for i in sorted(order)], sheet.number)
-        pairs = _shuffled([*(pair for pair in teach if not pair.equal), *judged], context.seed, sheet.number)
+        useful = [pair for pair in teach if not (pair.equal or pair.empty)]
+        pairs = _shuffled([*useful, *judged], context.seed, sheet.number)
         write_pairs(run.path / "pairs.jsonl", pairs)
         write_sheet(run.path / "sheet.jsonl", pairs)
         return _sample_summary(sheet, teach, judged) | {"fingerprint": fingerprint(run.path / "pairs.jsonl")}
@@ -163,12 +164,13 @@ def _named(pair: Pair, name: str) -> Pair:
 
 def _sample_summary(sheet: Sheet, teach: Sequence[Pair], judged: Sequence[Pair]) -> dict[str, Any]:
     equal, ties = sum(pair.equal for pair in teach), sum(pair.equal for pair in judged)
-    wanted = len(teach) - equal + len(judged) - ties
+    empty = sum(pair.empty and not pair.equal for pair in teach)
+    wanted = len(teach) - equal - empty + len(judged) - ties
     account = []
     if teach:
         account.append(
             f"{sheet.newest.name.capitalize()} answered {len(teach):,} prompts twice; {equal:,} pairs were two equal "
-            "answers and are left out."
+            "answers and are left out" + (f", and {empty:,} with an empty answer." if empty else ".")
         )
     if sheet.best is not None:
         account.append(
@@ -182,7 +184,7 @@ def _sample_summary(sheet: Sheet, teach: Sequence[Pair], judged: Sequence[Pair])
             "hardly varies any more, so there is little to compare and little to learn. Train it less far in a round."
         )
     rows = [headline("pairs to label", wanted)]
-    return {"headline": rows, "account": account, "warnings": warnings, "equal": equal}
+    return {"headline": rows, "account": account, "warnings": warnings, "equal": equal, "empty": empty}
 
 
 # --- label -----------------------------------------------------------------------------------------------------------

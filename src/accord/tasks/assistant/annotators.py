@@ -136,8 +136,8 @@ def _vote(annotator: Annotator, parts: tuple[Parts, Parts], draw: Sequence[float
 
 
 def comparisons_to_groups(comparisons: Iterable[Comparison]) -> list[Group]:
-    """Pairs for a reward model: the chosen answer first, the vote share as its soft label. Identical answers teach
-    nothing and are left out."""
+    """Pairs for a reward model: the chosen answer first, the vote share as its soft label. Left out are identical
+    answers, which teach nothing, and pairs with an empty one, which is no row of data."""
     return [
         Group(
             prompt=(Message("user", c.prompt),),
@@ -148,7 +148,7 @@ def comparisons_to_groups(comparisons: Iterable[Comparison]) -> list[Group]:
             soft_label=c.soft_label,
         )
         for c in comparisons
-        if c.answers[0] != c.answers[1]
+        if c.answers[0] != c.answers[1] and all(text.strip() for text in c.answers)
     ]
 
 
