@@ -15,6 +15,7 @@ from accord.loop.labellers import ScoreLabeller
 from accord.loop.plan import check_loop, left_out, loop_table, round_prompts
 from accord.loop.rule import Standing, standing
 from accord.loop.sheet import (
+    Labels,
     Pair,
     comparisons,
     outcomes,
@@ -137,7 +138,7 @@ def test_pairs_and_labels_come_back_as_they_were_written(tmp_path: Path) -> None
     pairs = [pair("1"), Pair("2", longer, "x\u2028y", "z", (2, 0), (True, False))]
     write_pairs(tmp_path / "pairs.jsonl", pairs)
     assert read_pairs(tmp_path / "pairs.jsonl") == pairs
-    write_labels(tmp_path / "labels.jsonl", {"1": "a", "2": "tie"})
+    write_labels(tmp_path / "labels.jsonl", Labels({"1": "a", "2": "tie"}, {"3": "no reply"}))
     assert read_labels(tmp_path / "labels.jsonl") == {"1": "a", "2": "tie"}
 
 
@@ -168,18 +169,18 @@ def test_simulated_people_choose_as_bradley_terry_and_always_the_same(tmp_path: 
     scorer = FunctionScorer(lambda prompt, completion: float(completion), "truth")
     pairs = [pair(str(i), "1", "0", prompt=f"ask {i}") for i in range(2000)]
     labeller = ScoreLabeller(scorer, 0.5, seed=0)
-    choices = labeller.choose(pairs, tmp_path)
+    choices = labeller.choose(pairs, tmp_path).choices
     share = sum(choice == "a" for choice in choices.values()) / len(choices)
     expected = 1 / (1 + math.exp(-2))
     assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / 2000)
-    assert labeller.choose(pairs[::-1], tmp_path) == choices
-    assert ScoreLabeller(scorer, 0.5, seed=1).choose(pairs, tmp_path) != choices
+    assert labeller.choose(pairs[::-1], tmp_path).choices == choices
+    assert ScoreLabeller(scorer, 0.5, seed=1).choose(pairs, tmp_path).choices != choices
 
 
 def test_without_a_scale_the_better_answer_is_chosen_and_equal_ones_tie(tmp_path: Path) -> None:
     scorer = FunctionScorer(lambda prompt, completion: float(completion), "truth")
     pairs = [pair("1", "1", "0"), pair("2", "0", "1"), pair("3", "1", "1.0")]
-    assert ScoreLabeller(scorer, None, seed=0).choose(pairs, tmp_path) == {"1": "a", "2": "b", "3": "tie"}
+    assert ScoreLabeller(scorer, None, seed=0).choose(pairs, tmp_path).choices == {"1": "a", "2": "b", "3": "tie"}
 
 
 # --- prompts, and what is refused ------------------------------------------------------------------------------------

@@ -28,7 +28,14 @@ from accord.config.online import (
     TokenKLFields,
 )
 from accord.config.recipe import EvaluateConfig, Recipe
-from accord.config.rewards import EndpointConfig, JudgeConfig, ScorerConfig, ShapingConfig, run_identity
+from accord.config.rewards import (
+    EndpointConfig,
+    JudgeConfig,
+    ScorerConfig,
+    ShapingConfig,
+    remote_identity,
+    run_identity,
+)
 from accord.config.sections import (
     AdapterConfig,
     DataConfig,
@@ -80,5 +87,6 @@ __all__ = [
     "TokenKLFields",
     "load_recipe",
     "recipe_from",
+    "remote_identity",
     "run_identity",
 ]

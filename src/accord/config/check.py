@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import get_args
 
-from accord.config.check_scorers import scorer_contradictions
+from accord.config.check_scorers import judge_contradictions, scorer_contradictions
 from accord.config.loop import LoopConfig
 from accord.config.offline import MARGIN_FREE, DPOConfig, KTOConfig, PairLoss, RewardConfig
 from accord.config.online import (
@@ -242,11 +242,21 @@ def _changed(section: Section, key: str) -> bool:
 
 
 def _loop(loop: LoopConfig) -> list[str]:
-    return [
-        f"`loop.{key}` is read only by `loop.labeller` = function, and `loop.labeller` is {loop.labeller}"
-        for key in ("label_function", "label_scale")
-        if _changed(loop, key) and loop.labeller != "function"
+    readers = {
+        "label_function": ("function",),
+        "label_scale": ("function",),
+        "judge": ("judge",),
+        "max_failed_fraction": ("function", "judge"),
+    }
+    problems = [
+        f"`loop.{key}` is read only by `loop.labeller` = {' or '.join(labellers)}, and `loop.labeller` is "
+        f"{loop.labeller}"
+        for key, labellers in readers.items()
+        if _changed(loop, key) and loop.labeller not in labellers
     ]
+    if loop.labeller == "judge" and loop.judge is None:
+        problems.append("`loop.labeller` = judge needs a section `loop.judge` with the `url` and the `model` to ask")
+    return problems + ([] if loop.judge is None else judge_contradictions("loop.judge", loop.judge))
 
 
 def _reinforce(reinforce: REINFORCEConfig) -> list[str]:

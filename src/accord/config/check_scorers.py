@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 from accord.config.online import PPOConfig, SamplingFields
 from accord.config.rewards import KINDS, JudgeConfig, RemoteFields, ScorerConfig
 
-__all__ = ["scorer_contradictions"]
+__all__ = ["judge_contradictions", "scorer_contradictions"]
 
 
 def scorer_contradictions(stage: str, section: SamplingFields) -> list[str]:
@@ -16,11 +16,10 @@ def scorer_contradictions(stage: str, section: SamplingFields) -> list[str]:
     for name, scorer in section.scorers.items():
         key = f"{stage}.scorers.{name}"
         problems += _kind(key, scorer)
-        for kind, remote in (("endpoint", scorer.endpoint), ("judge", scorer.judge)):
-            if remote is not None:
-                problems += _remote(f"{key}.{kind}", remote)
+        if scorer.endpoint is not None:
+            problems += _remote(f"{key}.endpoint", scorer.endpoint)
         if scorer.judge is not None:
-            problems += _judge(f"{key}.judge", scorer.judge)
+            problems += judge_contradictions(f"{key}.judge", scorer.judge)
         if scorer.token_function is not None:
             problems += _single_tokens(key, stage, section)
     return problems
@@ -65,8 +64,9 @@ def _remote(key: str, remote: RemoteFields) -> list[str]:
     return problems
 
 
-def _judge(key: str, judge: JudgeConfig) -> list[str]:
-    problems = [
+def judge_contradictions(key: str, judge: JudgeConfig) -> list[str]:
+    problems = _remote(key, judge)
+    problems += [
         f"`{key}.rubric` does not say where {place} belongs"
         for place in ("{prompt}", "{completion}")
         if place not in judge.rubric

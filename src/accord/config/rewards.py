@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, StringConstraints
 
 from accord.config.sections import Section
 
-__all__ = ["KINDS", "EndpointConfig", "JudgeConfig", "ScorerConfig", "ScorerName", "ShapingConfig", "run_identity"]
+__all__ = [
+    "KINDS",
+    "EndpointConfig",
+    "JudgeConfig",
+    "ScorerConfig",
+    "ScorerName",
+    "ShapingConfig",
+    "remote_identity",
+    "run_identity",
+]
 
 ScorerName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]
 
@@ -134,5 +144,10 @@ def run_identity(section: Section) -> dict[str, Any]:
     for scorer in settings["scorers"].values():
         for kind in ("endpoint", "judge"):
             if scorer[kind] is not None:
-                scorer[kind] = {key: value for key, value in scorer[kind].items() if key not in _HOW_NOT_WHAT}
+                scorer[kind] = remote_identity(scorer[kind])
     return settings
+
+
+def remote_identity(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A service's settings as far as what it says depends on them."""
+    return {key: value for key, value in settings.items() if key not in _HOW_NOT_WHAT}

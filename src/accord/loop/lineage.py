@@ -164,6 +164,7 @@ def _measured(root: Path, done: Round) -> dict[str, Any]:
         "folder": _relative(done.folder, root),
         "sampled_from": done.newest.number,
         "labels": done.labelled["headline"][0]["value"],
+        "pairs_without_label": done.labelled["failed"],
         "labels_sha256": done.labelled["fingerprint"],
         "pairs_sha256": done.sampled["fingerprint"],
         "equal_pairs_left_out": done.sampled["equal"],

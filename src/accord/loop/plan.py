@@ -12,7 +12,7 @@ from accord.data.order import num_steps
 from accord.errors import ConfigError
 from accord.methods.catalogue import POLICY_STAGES, STAGES
 from accord.methods.corpus import Corpus, Part, split_holdout
-from accord.methods.plan import check_names, check_sizes
+from accord.methods.plan import check_names, check_sizes, check_token
 from accord.randomness import permutation
 from accord.records import Group
 
@@ -43,6 +43,8 @@ def check_loop(recipe: Recipe, corpus: Corpus, given: Collection[str] = ()) -> N
         raise ConfigError("`accord loop` refits a reward model in every round: add a `reward:` section")
     if config.labeller == "function" and config.label_function is None and "loop.label_function" not in given:
         raise ConfigError("`loop.labeller` = function needs `loop.label_function` (module:function)")
+    if config.judge is not None:
+        check_token("loop.judge", config.judge)
     section = getattr(recipe, online)
     for key, instead in (
         ("init", "the loop chooses where each round starts (`loop.start_from`)"),
@@ -111,12 +113,17 @@ def loop_table(recipe: Recipe, corpus: Corpus) -> Table:
         start = "policy 0" if number == 1 or config.start_from == "first" else f"the best of policies 0 to {number - 1}"
         table.add_row(str(number), pairs, f"at most {labels:,}", f"about {steps:,} steps of {reward.batch_size}", start)
     table.add_row("after", _judged(config, config.rounds + 1).removeprefix(" and "), "", "", "")
-    who = "people, in a file" if config.labeller == "human" else f"the function {config.label_function or 'given'}"
     table.caption = (
-        f"labelled by {who}; stops at {config.patience} in a row not shown to be better. Two "
+        f"labelled by {_labeller(config)}; stops at {config.patience} in a row not shown to be better. Two "
         "equal answers are not labelled"
     )
     return table
+
+
+def _labeller(config: LoopConfig) -> str:
+    if config.judge is not None:
+        return f"{config.judge.model} at {config.judge.url}"
+    return "people, in a file" if config.labeller == "human" else f"the function {config.label_function or 'given'}"
 
 
 def _judged(config: LoopConfig, number: int) -> str:

@@ -3,7 +3,7 @@
 pairs.jsonl   {"id", "prompt", "a", "b", "writers": [policy of a, policy of b], "finished": [bool, bool]}: everything,
               who wrote what included; not for the eyes of labellers
 sheet.jsonl   {"id", "prompt", "a", "b", "choice": null}: what a labeller sees and fills in with "a", "b" or "tie"
-labels.jsonl  {"id", "choice"}: what was chosen
+labels.jsonl  {"id", "choice"}: what was chosen; {"id", "choice": null, "error"} where a labeller failed
 
 A prompt is its text, or a list of {"role", "content"} where it has more than one message. Two equal answers are not on
 the sheet: nobody can choose between them.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -24,6 +24,7 @@ from accord.records import Completion, Group, Message
 
 __all__ = [
     "Choice",
+    "Labels",
     "Pair",
     "comparisons",
     "fingerprint",
@@ -73,6 +74,14 @@ class Pair:
         return not (self.a.strip() and self.b.strip())
 
 
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """What a labeller says of pairs, by their ids: a choice, or why there is none."""
+
+    choices: Mapping[str, Choice]
+    failures: Mapping[str, str] = field(default_factory=dict)
+
+
 def write_pairs(path: Path, pairs: Iterable[Pair]) -> None:
     rows = ({**_shown(p), "writers": p.writers, "finished": p.finished} for p in pairs)
     _write(path, rows)
@@ -83,8 +92,9 @@ def write_sheet(path: Path, pairs: Iterable[Pair]) -> None:
     _write(path, ({**_shown(p), "choice": None} for p in pairs if not p.equal))
 
 
-def write_labels(path: Path, choices: Mapping[str, Choice]) -> None:
-    _write(path, ({"id": key, "choice": choice} for key, choice in choices.items()))
+def write_labels(path: Path, labels: Labels) -> None:
+    rows: list[dict[str, Any]] = [{"id": key, "choice": choice} for key, choice in labels.choices.items()]
+    _write(path, rows + [{"id": key, "choice": None, "error": why} for key, why in labels.failures.items()])
 
 
 def fingerprint(path: Path) -> str:
@@ -106,8 +116,8 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def read_labels(path: Path) -> dict[str, Choice]:
-    """What `write_labels` wrote."""
-    return {row["id"]: row["choice"] for _, row in _rows(path)}
+    """The choices that `write_labels` wrote."""
+    return {row["id"]: row["choice"] for _, row in _rows(path) if row["choice"] is not None}
 
 
 def read_choices(path: Path, pairs: Sequence[Pair]) -> dict[str, Choice]:
@@ -180,12 +190,14 @@ def comparisons(pairs: Iterable[Pair], choices: Mapping[str, Choice]) -> list[Gr
 
 def outcomes(pairs: Iterable[Pair], choices: Mapping[str, Choice], newest: int) -> tuple[list[float], list[int]]:
     """(1 for a win of policy `newest`, 0 for a loss, 0.5 for a tie or two equal answers; the prompt) of every
-    held-out pair."""
+    held-out pair that has a choice or needs none."""
     wins: list[float] = []
     prompts: list[int] = []
     for pair in pairs:
         if pair.held_out:
-            choice = "tie" if pair.equal else choices[pair.id]
+            choice = "tie" if pair.equal else choices.get(pair.id)
+            if choice is None:
+                continue
             wins.append(0.5 if choice == "tie" else float(pair.writers[choice == "b"] == newest))
             prompts.append(pair.prompt_id)
     return wins, prompts

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accord.config import remote_identity
 from accord.data.convert import writing
-from accord.errors import DataError
+from accord.errors import DataError, RewardError
 from accord.loop.labellers import Labeller, scores_of, truth_of
 from accord.loop.plan import fixed_prompts, held_out, round_prompts
 from accord.loop.sheet import (
     Choice,
+    Labels,
     Pair,
     comparisons,
     fingerprint,
@@ -195,7 +197,8 @@ def run_label(
 ) -> dict[str, Any]:
     """Have the pairs of this round labelled (or find them labelled); measure the old reward model on the new labels.
 
-    Raises: LabelsWanted while people have not filled in the sheet; DataError for a sheet that cannot be used.
+    Raises: LabelsWanted while people have not filled in the sheet; DataError for a sheet that cannot be used;
+        RewardError where too many answers could not be scored.
     """
     config, recipe = context.recipe.loop, context.recipe
     assert config is not None and recipe.reward is not None
@@ -210,20 +213,28 @@ def run_label(
 
     def body(run: RunFolder) -> dict[str, Any]:
         pairs = read_pairs(file)
-        choices = labeller.choose([pair for pair in pairs if not pair.equal], run.path)
-        groups = comparisons(pairs, choices)
+        labels = labeller.choose([pair for pair in pairs if not pair.equal], run.path)
+        groups = comparisons(pairs, labels.choices)
         if sheet.teach and not groups:
-            raise DataError(f"all {len(choices)} labels in {run.path} are ties: there is nothing for the reward model")
-        write_labels(run.path / "labels.jsonl", choices)
+            raise DataError(
+                f"all {len(labels.choices)} labels in {run.path} are ties: there is nothing for the reward model"
+            )
+        if sheet.best is not None and labels.failures and not outcomes(pairs, labels.choices, sheet.newest.number)[0]:
+            raise RewardError(
+                f"no held-out pair in {run.path} could be labelled: {next(iter(labels.failures.values()))}"
+            )
+        write_labels(run.path / "labels.jsonl", labels)
         with writing(run.path / "comparisons.jsonl") as write:
             for group in groups:
                 write(group)
         old = None if old_reward is None or not groups else _old_scorer(context, old_reward, budget)
-        return _label_summary(sheet, pairs, choices, groups, old, truth) | {
+        return _label_summary(sheet, pairs, labels, groups, old, truth) | {
             "fingerprint": fingerprint(run.path / "labels.jsonl")
         }
 
     settings = config.model_dump(mode="json", include={"labeller", "label_function", "label_scale"})
+    if config.judge is not None:
+        settings["judge"] = remote_identity(config.judge.model_dump(mode="json"))
     return run_stage(context, "label", settings={"label": settings}, sources=sources, body=body)
 
 
@@ -241,17 +252,19 @@ def _old_scorer(context: Context, folder: Path, budget: int) -> Scorer:
 def _label_summary(
     sheet: Sheet,
     pairs: Sequence[Pair],
-    choices: dict[str, Choice],
+    labels: Labels,
     groups: Sequence[Group],
     old: Scorer | None,
     truth: Scorer | None,
 ) -> dict[str, Any]:
+    choices = labels.choices
     counts = Counter(choices.values())
     account = [
         f"{len(choices):,} pairs were labelled: {counts['a']:,} times a, {counts['b']:,} times b, {counts['tie']:,} "
         f"ties. {len(groups):,} are comparisons for the reward model."
     ]
-    rows, more = [headline("labels", len(choices))], {}
+    account += _failed(pairs, labels.failures)
+    rows, more = [headline("labels", len(choices))], {"failed": len(labels.failures)}
     if old is not None:
         agreed = _agreement(old, pairs, choices)
         rows.append(headline("old reward model agrees", agreed, unit="fraction", meaning=_DRIFT))
@@ -273,12 +286,25 @@ def _label_summary(
     return {"headline": rows, "account": account, **more}
 
 
+def _failed(pairs: Sequence[Pair], failures: Mapping[str, str]) -> list[str]:
+    """What is said of pairs without a label."""
+    if not failures:
+        return []
+    held = sum(pair.held_out for pair in pairs if pair.id in failures)
+    name, reason = next(iter(failures.items()))
+    return [
+        f"{len(failures):,} more pairs have no label, because the scoring of an answer failed: {held:,} held-out ones, "
+        f"which are left out of the win rate, and {len(failures) - held:,} that the reward model does not learn from. "
+        f"The first is {name}: {reason}"
+    ]
+
+
 _DRIFT = "It was never trained on these answers: how well does it still judge the policy that was trained against it?"
 
 
-def _agreement(scorer: Scorer, pairs: Sequence[Pair], choices: dict[str, Choice]) -> Interval:
+def _agreement(scorer: Scorer, pairs: Sequence[Pair], choices: Mapping[str, Choice]) -> Interval:
     """How often the scorer puts first what the labeller chose, over the pairs for the reward model, ties left out."""
-    decided = [pair for pair in pairs if not pair.held_out and choices[pair.id] != "tie"]
+    decided = [pair for pair in pairs if not pair.held_out and choices.get(pair.id, "tie") != "tie"]
     gaps = [
         (a - b) if choices[pair.id] == "a" else (b - a)
         for pair, (a, b) in zip(decided, scores_of(scorer, decided), strict=True)

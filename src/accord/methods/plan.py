@@ -26,6 +26,7 @@ from accord.config import (
     ScratchConfig,
 )
 from accord.config.offline import SOFT_LABEL_FREE
+from accord.config.rewards import RemoteFields
 from accord.data.order import num_steps
 from accord.errors import ConfigError, DataError
 from accord.methods.catalogue import BEST_OF_N, POLICY_STAGES, STAGES
@@ -40,6 +41,7 @@ __all__ = [
     "check_names",
     "check_prompts",
     "check_sizes",
+    "check_token",
     "imitated",
     "num_parameters",
     "plan_table",
@@ -186,11 +188,14 @@ def _check_scorers(recipe: Recipe, stage: str, section: SamplingFields) -> None:
             if model != "reward" or not made:
                 _check_model(recipe, model)
         for kind, remote in (("endpoint", scorer.endpoint), ("judge", scorer.judge)):
-            if remote is not None and remote.token_env and not os.environ.get(remote.token_env, "").strip():
-                raise ConfigError(
-                    f"`{stage}.scorers.{name}.{kind}.token_env` names {remote.token_env}, which is not set in the "
-                    "environment"
-                )
+            if remote is not None:
+                check_token(f"{stage}.scorers.{name}.{kind}", remote)
+
+
+def check_token(key: str, remote: RemoteFields) -> None:
+    """Raises ConfigError where the variable that holds a service's token is not set."""
+    if remote.token_env and not os.environ.get(remote.token_env, "").strip():
+        raise ConfigError(f"`{key}.token_env` names {remote.token_env}, which is not set in the environment")
 
 
 def nothing_scores(stage: str) -> ConfigError:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from accord.config.rewards import EndpointConfig, JudgeConfig
+from accord.config.rewards import EndpointConfig, JudgeConfig, RemoteFields, remote_identity
 from accord.records import Message, Score, ScoreRequest
 from accord.rewards.http import Client, RemoteError
 
@@ -27,7 +27,7 @@ NUMBER is from {lowest:g} (worst) to {highest:g} (best)."""
 
 
 class Journal:
-    """What a remote scorer answered, one line each, by the content that was judged.
+    """What a remote scorer answered, one line each, by who was asked and the content that was judged.
 
     An endpoint may say something else when it is asked again. A run that continues redoes the steps since its last
     checkpoint, and finds here what it was told the first time. A torn last line, of a process that was killed while it
@@ -65,17 +65,28 @@ class Journal:
 
 
 class RemoteScorer:
-    """Asks for what the journal does not know, in batches, several at a time."""
+    """Asks for what the journal does not know, in batches, several at a time. `identity` is what its answers depend on
+    besides the content: a start with another judge, in the folder of one that failed, must not hear the old one."""
 
     wants_tokens = False
 
-    def __init__(self, name: str, ask: Ask, journal: Journal, *, batch_size: int, concurrency: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        ask: Ask,
+        journal: Journal,
+        *,
+        identity: Mapping[str, Any],
+        batch_size: int,
+        concurrency: int,
+    ) -> None:
         self.name = name
+        self._identity = identity
         self._ask, self._journal = ask, journal
         self._batch_size, self._concurrency = batch_size, concurrency
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
-        keys = [_key(request) for request in requests]
+        keys = [_key(self._identity, request) for request in requests]
         new = {key: r for key, r in zip(keys, requests, strict=True) if self._journal.get(key) is None}
         pending = list(new)
         batches = [pending[i : i + self._batch_size] for i in range(0, len(pending), self._batch_size)]
@@ -107,7 +118,9 @@ def endpoint_scorer(config: EndpointConfig, client: Client, journal: Journal) ->
         return [_checked(value, f"{client.url}: score {index}") for index, value in enumerate(scores)]
 
     name = f"the endpoint {client.url}"
-    return RemoteScorer(name, ask, journal, batch_size=config.batch_size, concurrency=config.concurrency)
+    return RemoteScorer(
+        name, ask, journal, identity=_identity(config), batch_size=config.batch_size, concurrency=config.concurrency
+    )
 
 
 def judge_scorer(config: JudgeConfig, client: Client, journal: Journal) -> RemoteScorer:
@@ -135,7 +148,7 @@ def judge_scorer(config: JudgeConfig, client: Client, journal: Journal) -> Remot
         return score
 
     name = f"the judge {config.model} at {client.url}"
-    return RemoteScorer(name, ask, journal, batch_size=1, concurrency=config.concurrency)
+    return RemoteScorer(name, ask, journal, identity=_identity(config), batch_size=1, concurrency=config.concurrency)
 
 
 def _judge_messages(config: JudgeConfig, request: ScoreRequest) -> list[dict[str, str]]:
@@ -196,6 +209,10 @@ def _messages(prompt: Sequence[Message]) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in prompt]
 
 
-def _key(request: ScoreRequest) -> str:
-    blob = json.dumps([_messages(request.prompt), request.completion, request.finished])
+def _identity(config: RemoteFields) -> dict[str, Any]:
+    return remote_identity(config.model_dump(mode="json"))
+
+
+def _key(identity: Mapping[str, Any], request: ScoreRequest) -> str:
+    blob = json.dumps([identity, _messages(request.prompt), request.completion, request.finished])
     return hashlib.sha256(blob.encode("ascii")).hexdigest()[:32]
