@@ -385,8 +385,8 @@ def test_evaluation_answers_with_the_heads_where_there_are_some(start: Path, tmp
     run_stage_on(tmp_path, start, RATED, "ilql", {"beta": 3.0})
     tree = {"model": {"path": str(start)}, "out": str(tmp_path), "ilql": {}, "evaluate": {}}
     context = Context(recipe_from(tree), Corpus(), Console(quiet=True))
-    shaped = evaluation._contestant(context, "ilql", tmp_path / "ilql" / "model", None)
-    plain = evaluation._contestant(context, "base", start, None)
+    shaped = evaluation._contestant(context, "ilql", tmp_path / "ilql" / "model", None, tmp_path)
+    plain = evaluation._contestant(context, "base", start, None, tmp_path)
     assert isinstance(shaped.model, ShapedPolicy) and not isinstance(plain.model, ShapedPolicy)
     policy, _ = load_policy(tmp_path / "ilql" / "model")
     ids = torch.tensor([[5, 6, 7]])
