@@ -15,12 +15,13 @@ FEW_STEPS = [
     "sft.max_steps=40", "dpo.max_steps=2", "orpo.max_steps=2", "evaluate.prompts=20", "evaluate.max_new_tokens=16",
 ]  # fmt: skip
 METHODS = ("dpo", "orpo")
+COMPARED = 300
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compare") / "run"
-    run_comparison(folder, seed=0, console=Console(quiet=True), methods=METHODS, overrides=FEW_STEPS)
+    run_comparison(folder, seed=0, console=Console(quiet=True), methods=METHODS, compared=COMPARED, overrides=FEW_STEPS)
     return folder
 
 
@@ -36,6 +37,12 @@ def test_every_method_has_its_evidence_and_its_price(finished: Path) -> None:
     assert "What each method made of its distance" in (finished / "report.html").read_text(encoding="utf-8")
 
 
+def test_as_many_answers_are_compared_as_asked_for(finished: Path) -> None:
+    assert f"compared {COMPARED} pairs" in " ".join(
+        json.loads((finished / "annotate/summary.json").read_text())["account"]
+    )
+
+
 def test_orpo_says_that_it_took_majorities(finished: Path) -> None:
     """It has no place for soft labels, and the annotators of half of the comparisons do not agree."""
     account = " ".join(json.loads((finished / "orpo" / "summary.json").read_text())["account"])
@@ -45,7 +52,9 @@ def test_orpo_says_that_it_took_majorities(finished: Path) -> None:
 def test_running_it_again_repeats_nothing(finished: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("model.safetensors")}
     costs = json.loads((finished / "summary.json").read_text())["methods"]
-    run_comparison(finished, seed=0, console=Console(quiet=True), methods=METHODS, overrides=FEW_STEPS)
+    run_comparison(
+        finished, seed=0, console=Console(quiet=True), methods=METHODS, compared=COMPARED, overrides=FEW_STEPS
+    )
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("model.safetensors")}
     assert json.loads((finished / "summary.json").read_text())["methods"] == costs
 

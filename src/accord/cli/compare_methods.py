@@ -25,6 +25,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--out", type=Path, default=None, help="folder (default: runs/compare-methods-seed<N>)")
     parser.add_argument("--seed", type=int, default=0, help="everything random follows from it (default: 0)")
     parser.add_argument(
+        "--comparisons",
+        type=_count,
+        default=None,
+        metavar="N",
+        help="prompts whose answers are compared (default: 4000)",
+    )
+    parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help="change one setting"
     )
     parser.set_defaults(run=_run)
@@ -36,8 +43,16 @@ def _run(args: argparse.Namespace) -> int:
     keep_freed_memory()
     from accord.cli.screen import screen
     from accord.demos.compare_methods import METHODS, run_comparison
+    from accord.demos.quickstart import NUM_COMPARED
 
     out = args.out or Path(f"runs/compare-methods-seed{args.seed}")
     methods = METHODS if args.methods is None else tuple(name.strip() for name in args.methods.split(","))
-    run_comparison(out, seed=args.seed, console=screen(), methods=methods, overrides=args.overrides)
+    compared = args.comparisons or NUM_COMPARED
+    run_comparison(out, seed=args.seed, console=screen(), methods=methods, compared=compared, overrides=args.overrides)
     return 0
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 100:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 100, found {text!r}")
+    return int(text)

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from accord.config import Recipe, recipe_from
 from accord.config.load import merged, overrides_tree
-from accord.demos.quickstart import MAX_NEW_TOKENS, run_annotators, task_corpus, with_comparisons
+from accord.demos.quickstart import MAX_NEW_TOKENS, NUM_COMPARED, run_annotators, task_corpus, with_comparisons
 from accord.demos.quickstart import SETTINGS as QUICKSTART
 from accord.errors import AccordError, ConfigError
 from accord.methods.context import Context
@@ -52,9 +52,16 @@ SETTINGS: dict[str, Any] = merged(
 
 
 def run_comparison(
-    out: Path, *, seed: int, console: Console, methods: Sequence[str] = METHODS, overrides: Sequence[str] = ()
+    out: Path,
+    *,
+    seed: int,
+    console: Console,
+    methods: Sequence[str] = METHODS,
+    compared: int = NUM_COMPARED,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Train (or continue, or find finished) all `methods` in `out`; returns the content of `out/summary.json`.
+    """Train (or continue, or find finished) all `methods` in `out` on the comparisons of answers to `compared` prompts;
+    returns the content of `out/summary.json`.
 
     Raises: ConfigError for a method that is not among METHODS; whatever a stage raises.
     """
@@ -71,7 +78,7 @@ def run_comparison(
         highlight=False,
     )
     for stage in ("sft", "annotate", *reward, *methods):
-        _in_own_process(recipe, stage)
+        _in_own_process(recipe, stage, compared)
     context = _context(recipe, console)
     evaluation = STAGES["evaluate"](context)
     rows = _rows(context.root, methods, evaluation)
@@ -104,12 +111,14 @@ def _with_majorities(context: Context) -> Context:
     return replace(context, corpus=replace(context.corpus, preferences=certain))
 
 
-def _in_own_process(recipe: Recipe, stage: str) -> None:
+def _in_own_process(recipe: Recipe, stage: str, compared: int) -> None:
     """Run one stage in a fresh process, whose peak memory is then the stage's own; raises what it raised."""
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
     # A daemon gets SIGTERM when this process ends, and then saves as it would have alone.
-    process = spawn.Process(target=_run_one, args=(recipe.model_dump(mode="json"), stage, sender), daemon=True)
+    process = spawn.Process(
+        target=_run_one, args=(recipe.model_dump(mode="json"), stage, compared, sender), daemon=True
+    )
     process.start()
     sender.close()
     try:
@@ -123,7 +132,7 @@ def _in_own_process(recipe: Recipe, stage: str) -> None:
         sys.exit(process.exitcode if process.exitcode is not None and process.exitcode > 0 else 1)
 
 
-def _run_one(tree: dict[str, Any], stage: str, sender: Any) -> None:
+def _run_one(tree: dict[str, Any], stage: str, compared: int, sender: Any) -> None:
     from accord.training.allocator import keep_freed_memory
 
     keep_freed_memory()
@@ -131,7 +140,7 @@ def _run_one(tree: dict[str, Any], stage: str, sender: Any) -> None:
     if stage == "orpo":
         context = _with_majorities(context)
     try:
-        run_annotators(context) if stage == "annotate" else STAGES[stage](context)
+        run_annotators(context, compared) if stage == "annotate" else STAGES[stage](context)
     except AccordError as error:
         sender.send(error)
 

@@ -38,7 +38,15 @@ from accord.tasks.assistant import (
 )
 from accord.training.runfolder import RunFolder
 
-__all__ = ["SETTINGS", "gold_utility", "run_annotators", "run_quickstart", "task_corpus", "with_comparisons"]
+__all__ = [
+    "NUM_COMPARED",
+    "SETTINGS",
+    "gold_utility",
+    "run_annotators",
+    "run_quickstart",
+    "task_corpus",
+    "with_comparisons",
+]
 
 NUM_DEMONSTRATIONS, NUM_COMPARED, NUM_PROMPTS, NUM_HELD_OUT = 5000, 4000, 4000, 500
 MAX_NEW_TOKENS = 48
