@@ -363,3 +363,19 @@ def test_failed_candidates_are_never_chosen_and_are_counted(
     rows = logged(tmp_path / "run", "rft")
     assert rows[0]["rollout/failed_scores"] > 0
     assert all(row["rollout/kept_score/mean"] >= 5 for row in rows if "rollout/kept_score/mean" in row)
+
+
+@pytest.mark.parametrize(("stage", "rest"), [("bestofn", {"n": 2}), ("rft", {"samples_per_prompt": 2, "cycles": 1})])
+def test_methods_that_choose_shape_scores_by_length_too(
+    stage: str, rest: dict[str, Any], models: dict[str, Path], module: str, tmp_path: Path
+) -> None:
+    """An untrained policy seldom ends within 6 tokens, so the price of coming near them is paid."""
+    shaping = {"overlong_buffer": 4, "overlong_penalty": 2.0}
+    section = {"reward_function": f"{module}:short", "max_new_tokens": 6, "shaping": shaping, **rest}
+    run(tmp_path / "run", models, stage, section)
+    terms = [
+        row["rollout/overlong_term/mean"]
+        for row in logged(tmp_path / "run", stage)
+        if "rollout/overlong_term/mean" in row
+    ]
+    assert terms and all(-2 <= term < 0 for term in terms)

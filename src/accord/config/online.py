@@ -37,7 +37,9 @@ class SamplingFields(Section):
         description="Several judges by name, whose weighted scores add up; instead of `reward_model` and "
         "`reward_function`.",
     )
-    shaping: ShapingConfig = Field(ShapingConfig(), description="From the score to the reward.")
+    shaping: ShapingConfig = Field(
+        default_factory=lambda: ShapingConfig.model_validate({}), description="From the score to the reward."
+    )
     max_failed_fraction: float = Field(
         0.0,
         ge=0,
@@ -56,6 +58,11 @@ class SamplingFields(Section):
     missing_eos_penalty: float = Field(
         1.0, ge=0, description="Subtracted from the score of a completion cut by length; see `shaping.truncation`."
     )
+
+    @property
+    def max_own_tokens(self) -> int:
+        """The most tokens that the policy writes in one completion."""
+        return self.max_new_tokens
 
 
 class RolloutFields(SamplingFields, OptimiserFields):
@@ -100,7 +107,7 @@ class RolloutFields(SamplingFields, OptimiserFields):
 
     @property
     def max_own_tokens(self) -> int:
-        """The most tokens that the policy writes in one completion."""
+        """The most tokens that the policy writes in one completion, all turns together."""
         return self.max_new_tokens * (self.max_turns or 1)
 
 

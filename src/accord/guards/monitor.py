@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from accord.config import GuardName, GuardsConfig
-from accord.guards.detectors import GUARDS, Reading
+from accord.guards.detectors import GUARDS, Guard, Reading
 from accord.guards.tracks import Track, View
 
 __all__ = ["LEVELS", "GuardMonitor", "Level", "Verdict"]
@@ -70,7 +70,7 @@ class GuardMonitor:
 
     def __init__(self, config: GuardsConfig) -> None:
         self._config = config
-        self._guards = {name: guard for name, guard in GUARDS.items() if name not in config.off}
+        self._guards: dict[GuardName, Guard] = {name: g for name, g in GUARDS.items() if name not in config.off}
         self._watched = {metric for guard in self._guards.values() for metric in guard.watches}
         self._tracks: dict[str, Track] = {}
         self._standings: dict[GuardName, _Standing] = {}

@@ -35,15 +35,16 @@ def guard_account(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         if "guard" not in row:
             continue
-        known = table.get(row["guard"])
-        worse = known is None or LEVELS.index(row["level"]) > LEVELS.index(known["worst"])
-        table[row["guard"]] = {
+        found = {
             "guard": row["guard"],
             "title": GUARDS[row["guard"]].title,
-            "worst": row["level"] if worse else known["worst"],
-            "step": row["step"] if worse else known["step"],
+            "worst": row["level"],
+            "step": row["step"],
             "at_end": row["level"],
-            "seen": row["seen"] if worse else known["seen"],
-            "advice": row["advice"] if worse else known["advice"],
+            "seen": row["seen"],
+            "advice": row["advice"],
         }
+        known = table.get(row["guard"], found)
+        worse = LEVELS.index(row["level"]) > LEVELS.index(known["worst"])
+        table[row["guard"]] = found if worse else {**known, "at_end": row["level"]}
     return list(table.values())

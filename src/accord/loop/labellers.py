@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -25,7 +25,8 @@ __all__ = ["Labeller", "labeller_of", "scores_of", "truth_of"]
 class Labeller(Protocol):
     """`sources` is what its choices depend on besides the pairs (what -> content hash)."""
 
-    sources: dict[str, str]
+    @property
+    def sources(self) -> Mapping[str, str]: ...
 
     def choose(self, pairs: Sequence[Pair], folder: Path) -> Labels:
         """A choice for every pair, or why there is none. `folder` is the label stage's."""

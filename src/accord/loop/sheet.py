@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from accord.atomic import write_text
 from accord.errors import DataError, LabelsWanted
@@ -142,7 +142,7 @@ def read_choices(path: Path, pairs: Sequence[Pair]) -> dict[str, Choice]:
         if word in (None, ""):
             empty.append(line)
         elif word in get_args(Choice):
-            found[row["id"]] = word
+            found[row["id"]] = cast(Choice, word)
         else:
             problems.append(f'{path}:{line}: `choice` is {choice!r}; expected "a", "b" or "tie"')
     missing = [key for key in expected if key not in seen]

@@ -205,7 +205,7 @@ def run_label(
     budget = recipe.reward.micro_batch_tokens
     file = context.root / "sample" / "pairs.jsonl"
     truth = truth_of(context, online)
-    sources = {"pairs": fingerprint(file)} | labeller.sources
+    sources = {"pairs": fingerprint(file), **labeller.sources}
     if truth is not None:
         sources |= {"truth": truth.fingerprint}
     if old_reward is not None:
@@ -264,7 +264,8 @@ def _label_summary(
         f"ties. {len(groups):,} are comparisons for the reward model."
     ]
     account += _failed(pairs, labels.failures)
-    rows, more = [headline("labels", len(choices))], {"failed": len(labels.failures)}
+    rows = [headline("labels", len(choices))]
+    more: dict[str, Any] = {"failed": len(labels.failures)}
     if old is not None:
         agreed = _agreement(old, pairs, choices)
         rows.append(headline("old reward model agrees", agreed, unit="fraction", meaning=_DRIFT))

@@ -92,7 +92,7 @@ def judges_of(context: Context, stage: str, section: SamplingFields) -> Judges:
         if getattr(section, "environment", None) is None:
             raise nothing_scores(stage)
         return Judges((), False, gold, holdout)
-    judge = Judge("reward", ScorerConfig(), function, () if folder is None else (folder,))
+    judge = Judge("reward", ScorerConfig.model_validate({}), function, () if folder is None else (folder,))
     sources = {f"reward {what}": content for what, content in judge.sources.items()}
     return Judges((judge,), False, gold, sources | holdout)
 

@@ -39,8 +39,9 @@ def score_head(model: Any) -> nn.Linear:
     by `problem_type` = regression in its configuration, which is what reward models are saved with.
     """
     head = getattr(model, "score", None)
-    is_ensemble = isinstance(head, nn.Linear) and model.config.problem_type == "regression"
-    return head if is_ensemble else scalar_head(model)
+    if isinstance(head, nn.Linear) and model.config.problem_type == "regression":
+        return head
+    return scalar_head(model)
 
 
 def average_heads(model: Any) -> None:

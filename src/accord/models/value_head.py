@@ -68,9 +68,9 @@ def import_value_head(folder: Path, out: Path) -> ImportedModels:
         head.weight.copy_(weight)
         head.bias = nn.Parameter(bias.float())
     # TRL's PPO can leave a generation configuration that never stops.
-    forgotten = policy.generation_config.eos_token_id is None and tokenizer.eos_token_id is not None
+    eos_id = tokenizer.eos_token_id
     card = f"Imported from {folder} by `accord import-value-head`."
-    stop_ids = (tokenizer.eos_token_id,) if forgotten else ()
+    stop_ids = (eos_id,) if policy.generation_config.eos_token_id is None and eos_id is not None else ()
     save_model(policy, tokenizer, out / "policy", stop_ids=stop_ids, card=f"# Policy\n\n{card}\n")
     constant = (
         f"`score.bias` in its file, {float(bias):+.6g}, belongs to every value; transformers' classifier, which has no "

@@ -38,7 +38,8 @@ class EnsembleScorer:
     def __init__(self, scorers: Sequence[Scorer], how: Combination, uncertainty_coef: float) -> None:
         self.name = " and ".join(scorer.name for scorer in scorers)
         self.wants_tokens = any(scorer.wants_tokens for scorer in scorers)
-        self._scorers, self._how, self._coef = scorers, how, uncertainty_coef
+        self._scorers, self._coef = scorers, uncertainty_coef
+        self._how: Combination = how
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         return [self._one(scores) for scores in zip(*(s.score(requests) for s in self._scorers), strict=True)]
