@@ -147,7 +147,7 @@ def kept_step(alerted: Alerted, *, every: int = EVERY, keep: int = KEEP) -> int:
     """The step whose weights a stage keeps that a guard stops, as `accord.training.loop` does it; the alert's own step
     where there is no checkpoint yet."""
     saved = list(range(every, alerted.step, every))[-keep:]
-    before = [step for step in saved if step < alerted.begun]
+    before = [step for step in saved if step + 1 < alerted.begun]
     return before[-1] if before else saved[0] if saved else alerted.step
 
 

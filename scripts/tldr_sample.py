@@ -43,6 +43,8 @@ def comparisons_of(posts: list[dict[str, str]], rng: random.Random) -> list[dict
         short = " ".join(post["summary"].split()[:SHORT]) + "."
         ranked = [short, post["summary"], rng.choice(posts)["summary"]]
         for better, worse in rng.sample(list(combinations(ranked, 2)), 2):
+            if better == worse:  # the sentence from elsewhere was the post's own
+                continue
             chosen = rng.random() >= NOISE
             shown = [better, worse]
             choice = 0 if chosen else 1

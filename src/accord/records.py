@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 __all__ = [
+    "LARGEST_SCORE",
     "Completion",
     "Group",
     "GroupKind",
@@ -173,6 +174,10 @@ class ScoreRequest:
     finished: bool = True
     prompt_id: int = 0
     tokens: tuple[str, ...] = ()
+
+
+LARGEST_SCORE = 1e18
+"""Scores and rewards beyond this have squares that float32 does not hold, so nothing can be learned from them."""
 
 
 @dataclass(frozen=True, slots=True)

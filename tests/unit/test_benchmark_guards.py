@@ -67,13 +67,14 @@ def test_rates_count_runs_and_lead_counts_evaluations() -> None:
     alert = next(t for t in range(STEPS) if t > 8 and longer(t - 1) >= 1.6 * 12) + 1
     assert course.lost is not None and abs(length["lead_evals"] - (course.lost - alert)) <= 2
     assert rows["word"]["tpr"] is None  # nothing that it watches was logged
-    stop = rows["stop_by_guard"]
+    stop = rates([streams[0], *streams[2:]], GuardsConfig.model_validate({}))[-1]  # the hacked run that it finds
     assert stop["gold_gain_kept_without"] < 0 < stop["gold_gain_kept"] < 1
 
 
 def test_the_kept_step_is_a_checkpoint_from_before_the_alarm() -> None:
     """The same cases as the training loop's own in test_watchman: an alarm that began at step 6 and was sure at 8."""
     assert kept_step(Alerted(8, 6), every=2, keep=2) == 4
+    assert kept_step(Alerted(8, 5), every=2, keep=3) == 2  # the weights after 4 wrote rollout 5
     assert kept_step(Alerted(8, 6), every=100, keep=2) == 8
     assert kept_step(Alerted(8, 6), every=7, keep=2) == 7
     assert kept_step(Alerted(20, 5), every=2, keep=2) == 16

@@ -280,7 +280,11 @@ class Wrong(Scripted):
         (lambda m: "well done", "expected an accord.records.Turn"),
         (lambda m: Turn(("hello",)), "expected an accord.records.Message"),
         (lambda m: Turn((Message("assistant", "me"),)), "speaks as the assistant"),
+        (lambda m: Turn((Message("user", None),)), "whose role and content must be text"),  # type: ignore[arg-type]
+        (lambda m: Turn((Message("user", "a\ud800"),)), "surrogates not allowed"),
+        (lambda m: Turn((Message("banana", "me"),)), "the role 'banana', expected one of system, user"),
         (lambda m: Turn(reward=math.nan), "the reward nan"),
+        (lambda m: Turn(reward=1e39), "the reward 1e+39"),
     ],
 )
 def test_an_environment_that_fails_leaves_a_named_error(reply: Callable[..., Any], said: str) -> None:

@@ -78,6 +78,14 @@ def test_failures_are_counted_and_named_and_above_the_bound_the_run_stops() -> N
         ).step(1)
 
 
+def test_a_score_that_float32_cannot_square_is_a_failure() -> None:
+    """1e18 squared is 1e36, which float32 holds (up to 3.4e38); 1e20 squared is not."""
+    config = section(prompts_per_step=5, episodes=20)
+    with pytest.raises(RewardError, match=r"failed on 20 of 20 completions; the first: the score 1e\+20 is beyond"):
+        trainer(rollout_cast(function=lambda prompt, completion: 1e20), config).step(1)
+    trainer(rollout_cast(function=lambda prompt, completion: -1e18), config).step(1)
+
+
 def test_a_step_without_anything_left_to_learn_from_stops_the_run() -> None:
     def one_a_prompt(prompt: str, completion: str) -> float:
         seen[prompt] = seen.get(prompt, 0) + 1

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from accord.config import SamplingFields
-from accord.records import Message, Score, ScoreRequest
+from accord.records import LARGEST_SCORE, Message, Score, ScoreRequest
 from accord.rewards.scorers import Scorer, failures_of
 from accord.rewards.shaping import Moments, Samples, Shaped, compared, shape
 
@@ -107,12 +107,20 @@ def judge(
         Score(None, reference) if isinstance(reference, str) and score.value is not None else score
         for reference, score in zip(references, scorer.score(requests), strict=True)
     ]
+    scores = [_bounded(score) for score in scores]
     if errors:
         scores = [Score(None, error) if error else score for error, score in zip(errors, scores, strict=True)]
     failed = failures_of(scorer, requests, scores, max_fraction=max_failed_fraction)
     failures = tuple(Failure(requests[index], scores[index].error or "no reason given") for index in failed)
     compared = tuple(() if isinstance(reference, str) else reference for reference in references)
     return Verdicts(tuple(scores), compared, failures)
+
+
+def _bounded(score: Score) -> Score:
+    """A score that training cannot compute with is a failure: its square is not finite in float32."""
+    if score.value is None or abs(score.value) <= LARGEST_SCORE:
+        return score
+    return Score(None, f"the score {score.value:.3g} is beyond +-{LARGEST_SCORE:g}, which float32 cannot square")
 
 
 def score_metrics(scores: Iterable[Score]) -> dict[str, float]:

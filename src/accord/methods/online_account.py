@@ -62,6 +62,12 @@ def online_summary(
             f"Scoring failed for {failed:,} answers; nothing was learned from their {left_out:,} prompts in those "
             "steps. samples.jsonl names the first of each step."
         )
+    skipped = rows["train/skipped_updates"][-1][1] if rows.get("train/skipped_updates") else 0
+    if skipped:
+        warnings.append(
+            f"{skipped:,.0f} updates were skipped, because their gradients were not finite: nothing was learned in "
+            "them. Look at the scale of the rewards, or lower the learning rate."
+        )
     if trainer.drift > RATIO_TOLERANCE:
         advice = (
             f"Set {trainer.stage}.old_logprobs=recompute."

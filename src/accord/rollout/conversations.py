@@ -6,7 +6,6 @@ a finished dialogue; what the policy wrote stays the tokens it wrote, so nothing
 
 from __future__ import annotations
 
-import math
 import traceback
 from collections import Counter
 from collections.abc import Sequence
@@ -18,12 +17,14 @@ import numpy as np
 from accord.data.templates import Template
 from accord.errors import RewardError
 from accord.randomness import generator
-from accord.records import Message, SampledCompletion, TokenCompletion, Turn, content_id
+from accord.records import LARGEST_SCORE, Message, SampledCompletion, TokenCompletion, Turn, content_id
 from accord.rollout.environment import Environment, EnvironmentFactory
 from accord.rollout.native import PromptTokens, Sampler
 from accord.rollout.sampling import Sampling
 
 __all__ = ["Conversation", "Opening", "Partner", "converse"]
+
+ROLES = ("system", "user", "assistant", "tool")
 
 End = Literal["over", "length", "turns", "room"]
 
@@ -198,8 +199,8 @@ class _Talk:
         _require_messages(reply.messages, "step")
         if any(message.role == "assistant" for message in reply.messages):
             raise ValueError("step speaks as the assistant, whose turns are the policy's")
-        if not math.isfinite(reply.reward):
-            raise ValueError(f"step returned the reward {reply.reward}")
+        if not abs(reply.reward) <= LARGEST_SCORE:  # NaN neither
+            raise ValueError(f"step returned the reward {reply.reward}, expected a number within +-{LARGEST_SCORE:g}")
         return reply
 
     def _add(self, ids: Sequence[int], own: bool, logprobs: Sequence[float]) -> None:
@@ -275,6 +276,11 @@ def _require_messages(messages: Sequence[Message], what: str) -> None:
     for message in messages:
         if not isinstance(message, Message):
             raise TypeError(f"{what} returned {message!r}, expected an accord.records.Message")
+        if not isinstance(message.role, str) or not isinstance(message.content, str):
+            raise TypeError(f"{what} returned {message!r}, whose role and content must be text")
+        if message.role not in ROLES:
+            raise ValueError(f"{what} returned the role {message.role!r}, expected one of {', '.join(ROLES)}")
+        message.content.encode("utf-8")  # a lone surrogate is no text
 
 
 def _said(error: BaseException) -> str:

@@ -129,8 +129,11 @@ def run_training(trainer: Trainer, run: RunFolder, console: Console, guards: Gua
 
 
 def _go_back(trainer: Trainer, run: RunFolder, step: int, alarm: Alarm) -> str:
-    """Restore the newest state from before the alarm began; returns why training ended, and with which weights."""
-    snapshot = load_before(run.checkpoints, alarm.begun, every=trainer.checkpoint_every)
+    """Restore the newest state from before the alarm began; returns why training ended, and with which weights.
+
+    What step k measures is the work of the weights after step k - 1: the first suspicious ones have to go as well.
+    """
+    snapshot = load_before(run.checkpoints, alarm.begun - 1, every=trainer.checkpoint_every)
     if snapshot is None:
         return f"{alarm.text}; there is no earlier checkpoint, so the weights are those of step {step}"
     _restore(trainer, snapshot)
