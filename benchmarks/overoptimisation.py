@@ -51,6 +51,7 @@ REMEDIES: dict[str, dict[str, Any]] = {
 }
 HEADS = 4
 BLOCK = 5
+FEWEST_BLOCKS = 5  # fewer say nothing about how much they vary
 
 Floats = NDArray[np.float64]
 
@@ -352,7 +353,8 @@ def _fit_ppo(runs: Sequence[Run], seed: int) -> Fit:
     def draw(random: np.random.Generator) -> tuple[Floats, Floats]:
         return joined([blocks[i] for i in random.integers(0, len(blocks), len(blocks))])
 
-    return resampled_fits(fit("reinforcement learning", *joined(blocks)), draw, seed=seed)
+    found = fit("reinforcement learning", *joined(blocks))
+    return resampled_fits(found, draw, seed=seed) if len(blocks) >= FEWEST_BLOCKS else found
 
 
 def _rows(out: Path, scale: Scale, seeds: Sequence[int]) -> list[dict[str, Any]]:
