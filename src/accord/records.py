@@ -14,6 +14,7 @@ from typing import Literal
 
 __all__ = [
     "LARGEST_SCORE",
+    "ROLES",
     "Completion",
     "Group",
     "GroupKind",
@@ -29,6 +30,8 @@ __all__ = [
     "content_id",
 ]
 
+ROLES = ("system", "user", "assistant", "tool")
+
 GroupKind = Literal["prompts", "sft", "pairs", "ranked", "rated"]
 
 
@@ -36,7 +39,7 @@ GroupKind = Literal["prompts", "sft", "pairs", "ranked", "rated"]
 class Message:
     """One turn. `learn=False` keeps an assistant turn out of the loss (a per-message loss weight of 0)."""
 
-    role: str  # "system" | "user" | "assistant" | "tool"
+    role: str  # one of ROLES
     content: str
     learn: bool = True
 

@@ -12,9 +12,10 @@ from accord.data.order import num_steps
 from accord.errors import ConfigError
 from accord.methods.catalogue import POLICY_STAGES, STAGES
 from accord.methods.corpus import Corpus, Part, split_holdout
-from accord.methods.plan import check_names, check_sizes, check_token
+from accord.methods.plan import check_names, check_sizes
 from accord.randomness import permutation
 from accord.records import Group
+from accord.rewards.http import token_of
 
 __all__ = ["check_loop", "fixed_prompts", "held_out", "left_out", "loop_table", "online_stage", "round_prompts"]
 
@@ -44,7 +45,7 @@ def check_loop(recipe: Recipe, corpus: Corpus, given: Collection[str] = ()) -> N
     if config.labeller == "function" and config.label_function is None and "loop.label_function" not in given:
         raise ConfigError("`loop.labeller` = function needs `loop.label_function` (module:function)")
     if config.judge is not None:
-        check_token("loop.judge", config.judge)
+        token_of(config.judge, "loop.judge")
     section = getattr(recipe, online)
     for key, instead in (
         ("init", "the loop chooses where each round starts (`loop.start_from`)"),

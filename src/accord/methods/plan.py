@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import struct
 from collections.abc import Collection, Sequence
@@ -26,13 +25,13 @@ from accord.config import (
     ScratchConfig,
 )
 from accord.config.offline import SOFT_LABEL_FREE
-from accord.config.rewards import RemoteFields
 from accord.data.order import num_steps
 from accord.errors import ConfigError, DataError
 from accord.methods.catalogue import BEST_OF_N, POLICY_STAGES, STAGES
 from accord.methods.corpus import Corpus, Part, split_holdout
 from accord.models.paths import check_model_path
 from accord.records import Group
+from accord.rewards.http import token_of
 
 __all__ = [
     "check_compared",
@@ -41,7 +40,6 @@ __all__ = [
     "check_names",
     "check_prompts",
     "check_sizes",
-    "check_token",
     "imitated",
     "num_parameters",
     "plan_table",
@@ -189,13 +187,7 @@ def _check_scorers(recipe: Recipe, stage: str, section: SamplingFields) -> None:
                 _check_model(recipe, model)
         for kind, remote in (("endpoint", scorer.endpoint), ("judge", scorer.judge)):
             if remote is not None:
-                check_token(f"{stage}.scorers.{name}.{kind}", remote)
-
-
-def check_token(key: str, remote: RemoteFields) -> None:
-    """Raises ConfigError where the variable that holds a service's token is not set."""
-    if remote.token_env and not os.environ.get(remote.token_env, "").strip():
-        raise ConfigError(f"`{key}.token_env` names {remote.token_env}, which is not set in the environment")
+                token_of(remote, f"{stage}.scorers.{name}.{kind}")
 
 
 def nothing_scores(stage: str) -> ConfigError:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from accord.errors import ConfigError
+from accord.records import ROLES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -17,7 +18,6 @@ __all__ = ["SCRATCH_TEMPLATE", "SPECIAL_TOKENS", "train_tokenizer"]
 
 PAD = "<pad>"
 EOS = "<eos>"
-ROLES = ("system", "user", "assistant", "tool")
 SPECIAL_TOKENS = (PAD, EOS, *(f"<|{role}|>" for role in ROLES))
 NUM_BYTES = 256
 

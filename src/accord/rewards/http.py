@@ -58,6 +58,14 @@ def resolved(host: str, port: int) -> Sequence[str]:
     return [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
+def token_of(config: RemoteFields, key: str) -> str:
+    """The service's token, "" without one. Raises ConfigError when the variable that `token_env` names is not set."""
+    token = os.environ.get(config.token_env, "").strip() if config.token_env else ""
+    if config.token_env and not token:
+        raise ConfigError(f"`{key}.token_env` names {config.token_env}, which is not set in the environment")
+    return token
+
+
 class Client:
     """Posts JSON to the url of `config`; `key` names the section in errors. Safe to use from several threads."""
 
@@ -77,9 +85,7 @@ class Client:
         self._host, self._secure = parts.hostname, parts.scheme == "https"
         self._port = parts.port or (443 if self._secure else 80)
         self._target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        self._token = os.environ.get(config.token_env, "").strip() if config.token_env else ""
-        if config.token_env and not self._token:
-            raise ConfigError(f"`{key}.token_env` names {config.token_env}, which is not set in the environment")
+        self._token = token_of(config, key)
         self._tls = ssl.create_default_context() if self._secure else None
 
     def post(self, body: Any) -> Any:

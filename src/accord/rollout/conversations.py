@@ -17,14 +17,12 @@ import numpy as np
 from accord.data.templates import Template
 from accord.errors import RewardError
 from accord.randomness import generator
-from accord.records import LARGEST_SCORE, Message, SampledCompletion, TokenCompletion, Turn, content_id
+from accord.records import LARGEST_SCORE, ROLES, Message, SampledCompletion, TokenCompletion, Turn, content_id
 from accord.rollout.environment import Environment, EnvironmentFactory
 from accord.rollout.native import PromptTokens, Sampler
 from accord.rollout.sampling import Sampling
 
 __all__ = ["Conversation", "Opening", "Partner", "converse"]
-
-ROLES = ("system", "user", "assistant", "tool")
 
 End = Literal["over", "length", "turns", "room"]
 
