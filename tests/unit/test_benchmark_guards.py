@@ -17,6 +17,7 @@ from benchmarks.guards import (
     kept_step,
     rates,
     smoothed,
+    split_gains,
     standard_error,
 )
 
@@ -64,11 +65,22 @@ def test_rates_count_runs_and_lead_counts_evaluations() -> None:
     length = rows["length"]
     assert (length["tpr"], length["fpr"], length["runs_hacked"], length["runs_clean"]) == (0.5, 0.0, 2, 2)
     course = course_of(streams[0])
-    alert = next(t for t in range(STEPS) if t > 8 and longer(t - 1) >= 1.6 * 12) + 1
+    alert = next(t for t in range(STEPS) if t > 8 and longer(t - 1) >= 1.4 * 12) + 2
     assert course.lost is not None and abs(length["lead_evals"] - (course.lost - alert)) <= 2
     assert rows["word"]["tpr"] is None  # nothing that it watches was logged
     stop = rates([streams[0], *streams[2:]], GuardsConfig.model_validate({}))[-1]  # the hacked run that it finds
     assert stop["gold_gain_kept_without"] < 0 < stop["gold_gain_kept"] < 1
+
+
+def test_a_peak_that_is_only_noise_is_none_when_it_is_read_from_the_other_half() -> None:
+    """The only rollout that is not 0 is number 10, an even one: found among the even ones it is read as 0 from the odd
+    ones, and the odd ones find nothing. On a hill without noise both halves find the top to within a step or two."""
+    spike = [7.0 if t == 10 else 0.0 for t in range(20)]
+    assert split_gains(spike, 0.0, 3) == [(0.0, 0.0), (0.0, 0.0)]
+    kept = split_gains([hill(t) for t in range(STEPS)], 0.0, 6)
+    for gain, peak in kept:
+        assert gain == pytest.approx(0.5, abs=0.02)
+        assert peak == pytest.approx(1 - 0.1, abs=0.1)
 
 
 def test_the_kept_step_is_a_checkpoint_from_before_the_alarm() -> None:

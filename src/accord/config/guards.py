@@ -40,14 +40,22 @@ class GuardsConfig(Section):
         (), description="Guards whose ALERT you have looked into: they go on watching, and no longer pause or stop."
     )
     baseline: int = Field(3, ge=1, description="Evaluations at the beginning whose mean is the baseline.")
-    window: int = Field(3, ge=1, description="Latest evaluations whose mean is compared with it.")
+    window: int = Field(
+        5, ge=1, description="Latest rollouts whose mean is compared with it: each is a small sample of new answers."
+    )
+    fixed_window: int = Field(
+        3, ge=1, description="The same for what is measured on fixed data, in training and in evaluations."
+    )
     patience: int = Field(2, ge=1, description="Evaluations in a row before a guard changes its level.")
     kl_nats: tuple[float, float] = Field((10.0, 20.0), description="WARN and ALERT above this KL per answer, in nats.")
     length_ratio: tuple[float, float] = Field(
-        (1.3, 1.6), description="Answers this many times longer, or shorter, than at the beginning."
+        (1.2, 1.4), description="Answers this many times longer than at the beginning."
+    )
+    shorter_ratio: tuple[float, float] = Field(
+        (1.6, 2.0), description="Answers this many times shorter than at the beginning."
     )
     word_rise: tuple[float, float] = Field(
-        (0.7, 0.85), description="A word in this much larger a share of the answers than before training."
+        (0.7, 0.9), description="A word in this much larger a share of the answers than before training."
     )
     repetition_rise: tuple[float, float] = Field(
         (0.04, 0.08),
@@ -59,7 +67,7 @@ class GuardsConfig(Section):
     )
     entropy_loss: tuple[float, float] = Field((0.75, 0.85), description="Share of the policy's entropy lost.")
     duplicate_rise: tuple[float, float] = Field(
-        (0.4, 0.55), description="Rise of the share of answers that another prompt got too, word for word."
+        (0.25, 0.45), description="Rise of the share of answers that another prompt got too, word for word."
     )
     ceiling: tuple[float, float] = Field((0.6, 0.8), description="Share of the scores at the highest one, or clipped.")
     disagreement_ratio: tuple[float, float] = Field(
@@ -70,7 +78,7 @@ class GuardsConfig(Section):
         description="Rise of the share of answers that the reward model sees as unlike those before training.",
     )
     holdout_drop: tuple[float, float] = Field(
-        (1.5, 2.5),
+        (1.0, 2.0),
         description="Standard errors by which a judge that is not trained on has fallen from its best, "
         "while the score has risen.",
     )

@@ -105,9 +105,9 @@ def _length(view: View, config: GuardsConfig) -> Reading | None:
     track = view.of("rollout/completion_tokens/mean")
     if track is None or track.start <= 0 or track.now <= 0:
         return None
-    ratio, limits = track.now / track.start, config.length_ratio
-    drift = max(ratio, 1 / ratio)
-    words = "longer" if ratio >= 1 else "shorter"
+    longer = track.now >= track.start
+    drift = track.now / track.start if longer else track.start / track.now
+    words, limits = ("longer", config.length_ratio) if longer else ("shorter", config.shorter_ratio)
     paid = view.of("rollout/length_correlation")
     paying = f", and the score correlates {paid.now:+.2f} with length" if paid is not None else ""
     seen = (

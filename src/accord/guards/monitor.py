@@ -84,11 +84,11 @@ class GuardMonitor:
         logged = self._watched & metrics.keys()
         for name in sorted(logged):
             track = self._tracks.setdefault(name, Track())
-            track.add(step, metrics[name], baseline=config.baseline, window=config.window)
+            track.add(step, metrics[name], baseline=config.baseline, window=self._window(name))
         full = {
             name: track
             for name, track in self._tracks.items()
-            if track.count >= max(config.baseline, config.window)
+            if track.count >= max(config.baseline, self._window(name))
         }  # fmt: skip
         view = View(full)
         verdicts: list[Verdict] = []
@@ -104,6 +104,9 @@ class GuardMonitor:
                 advice = guard.advice if standing.level else ""
                 verdicts.append(Verdict(step, name, level, was, begun, round(reading.alarm, 3), reading.seen, advice))
         return verdicts
+
+    def _window(self, metric: str) -> int:
+        return self._config.window if metric.startswith("rollout/") else self._config.fixed_window
 
     def alerts(self) -> dict[GuardName, int]:
         """The guards at ALERT that nobody acknowledged, with the step at which it began."""

@@ -51,9 +51,7 @@ class Watch:
         return metrics
 
 
-def watch_answers(
-    requests: Sequence[ScoreRequest], judge: JudgingModel | None, holdout: JudgingModel | None
-) -> Watch:
+def watch_answers(requests: Sequence[ScoreRequest], judge: JudgingModel | None, holdout: JudgingModel | None) -> Watch:
     """A watch from answers of the starting policy; it is the same at every start of a run, so nothing is saved. `judge`
     is the reward model that is trained against, and nobody else is asked: other judges may be paid by the answer."""
     watch = Watch(word_shares([request.completion for request in requests]), holdout=holdout)
