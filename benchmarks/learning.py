@@ -50,10 +50,10 @@ STD_FREE = {"advantage_scale": "none", "averaging": "constant", "kl_estimator": 
 VARIANTS: dict[str, Variant] = {
     "ppo 4x4": Variant("ppo", 2, {"quickstart": 2e-4, "randomwalks": 3e-4}, {"update_epochs": 4, "minibatches": 4}),
     "ppo 2x2": Variant("ppo", 2, {"quickstart": 2e-4, "randomwalks": 3e-4}, {"update_epochs": 2, "minibatches": 2}),
-    "rloo": Variant("rloo", 4, {"quickstart": 4e-4, "randomwalks": 3e-4}, {}),
+    "rloo": Variant("rloo", 4, {"quickstart": 2e-4, "randomwalks": 3e-4}, {}),
     "rloo 1x4": Variant("rloo", 4, {"quickstart": 2e-4, "randomwalks": 3e-4}, {"minibatches": 4}),
-    "grpo": Variant("grpo", 8, {"quickstart": 4e-4, "randomwalks": 3e-4}, {}),
-    "grpo std-free": Variant("grpo", 8, {"quickstart": 4e-4, "randomwalks": 3e-4}, STD_FREE),
+    "grpo": Variant("grpo", 8, {"quickstart": 2e-4, "randomwalks": 3e-4}, {}),
+    "grpo std-free": Variant("grpo", 8, {"quickstart": 2e-4, "randomwalks": 3e-4}, STD_FREE),
 }
 
 

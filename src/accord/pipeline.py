@@ -17,8 +17,8 @@ from accord.methods.context import Context
 from accord.methods.corpus import Corpus
 from accord.methods.ilql_stage import run_ilql
 from accord.methods.kto_stage import run_kto
+from accord.methods.named import check_names
 from accord.methods.online_stage import LEARNERS, run_online
-from accord.methods.plan import check_names
 from accord.methods.ppo_stage import run_ppo
 from accord.methods.preference_stage import run_dpo, run_orpo
 from accord.methods.reward_stage import run_reward

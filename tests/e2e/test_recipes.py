@@ -17,8 +17,9 @@ from accord.data.templates import Template
 from accord.data.tokenise import tokenise_groups
 from accord.methods.context import Context
 from accord.methods.corpus import read_corpus, split_holdout
+from accord.methods.named import check_names
 from accord.methods.online import prompt_indices
-from accord.methods.plan import check_names, check_sizes, stages_of
+from accord.methods.plan import check_sizes, stages_of
 from accord.methods.roles import model_scorer
 from accord.models.load import load_reward_model
 from accord.models.scratch_tokenizer import train_tokenizer

@@ -16,8 +16,9 @@ from test_remote_scorers import serving
 from accord.config import recipe_from
 from accord.errors import CheckpointError, ConfigError
 from accord.methods.corpus import Corpus, Part
+from accord.methods.named import check_names
 from accord.methods.online_trainer import OnlineTrainer
-from accord.methods.plan import check_names, check_sizes
+from accord.methods.plan import check_sizes
 from accord.models.load import load_policy, reward_model_from, save_model
 from accord.pipeline import run_stages
 from accord.records import Group, Message, Score, ScoreRequest

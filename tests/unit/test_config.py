@@ -171,6 +171,25 @@ def test_a_section_without_keys_is_switched_on_and_null_switches_it_off(tmp_path
     assert recipe.reward is None and recipe.ppo is None
 
 
+def test_a_mapping_given_as_a_value_replaces_and_dotted_keys_are_joined(tmp_path: Path) -> None:
+    path = written(tmp_path, "ppo: {scorers: {a: {function: 'm:f'}, b: {function: 'm:g'}}, value_init: policy}\n")
+    recipe = load_recipe(path, ["ppo.scorers.c.function=m:h"])
+    assert recipe.ppo is not None and list(recipe.ppo.scorers) == ["a", "b", "c"]
+    recipe = load_recipe(path, ["ppo.scorers={c: {function: 'm:h'}}", "ppo.scorers.c.weight=2"])
+    assert recipe.ppo is not None and list(recipe.ppo.scorers) == ["c"] and recipe.ppo.scorers["c"].weight == 2
+    recipe = load_recipe(path, ["ppo.scorers={}"])
+    assert recipe.ppo is not None and not recipe.ppo.scorers and recipe.ppo.value_init == "policy"
+
+
+def test_null_takes_a_setting_back(tmp_path: Path) -> None:
+    path = written(tmp_path, "data: {sft: a.jsonl}\nmodel: {adapter: {rank: 4, targets: [q_proj]}}\nsft: {epochs: 3}\n")
+    recipe = load_recipe(path, ["data.sft=null", "model.adapter.targets=null", "sft.epochs=null"])
+    plain = load_recipe(None, ["model.adapter.rank=4", "sft={}"])
+    assert recipe == plain
+    recipe = load_recipe(path, ["model.adapter=null"])  # here null is a value: no adapter
+    assert recipe.model.adapter is None
+
+
 @pytest.mark.parametrize(
     ("text", "keys", "value"),
     [

@@ -12,7 +12,8 @@ import accord
 from accord.config import recipe_from
 from accord.errors import CheckpointError, ConfigError, DataError
 from accord.methods.corpus import Corpus, Part
-from accord.methods.plan import check_names, check_sizes
+from accord.methods.named import check_names
+from accord.methods.plan import check_sizes, plan_table
 from accord.models.load import load_policy
 from accord.pipeline import run_stages
 from accord.records import Group
@@ -29,6 +30,10 @@ def recipe(**sections: Any) -> Any:
     return recipe_from({"model": {"path": "quickstart"}, **sections})
 
 
+def scored(**judge: Any) -> dict[str, Any]:
+    return {"scorers": {"one": judge}}
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
@@ -42,11 +47,41 @@ def recipe(**sections: Any) -> Any:
         ({"dpo": {"init": "nowhere"}}, "nowhere: no such folder"),
         ({"grpo": {}}, "the grpo stage needs something that scores"),
         ({"ppo": TALK}, "`ppo.value_init` = reward, but only the environment scores"),
+        ({"rloo": {"reward_function": "no_such_rewards:score"}}, "`rloo.reward_function`.*cannot import 'no_such_rew"),
+        ({"rloo": {"reward_function": "math:sqrt", "gold_function": "math:tau"}}, "`rloo.gold_function`.*no function"),
+        ({"grpo": TALK | {"environment": "accord.tasks:Nobody"}}, "`grpo.environment`.*has no function 'Nobody'"),
+        (
+            {"grpo": scored(token_function="math:nobody")},
+            r"`grpo.scorers.one.token_function`.*no function 'nobody'",
+        ),
+        ({"grpo": scored(endpoint={"url": "http://127.0.0.1:9/x"})}, r"`grpo.scorers.one.endpoint.url`.*private netw"),
+        ({"grpo": {"reward_function": "math:sqrt", "holdout_reward_model": "nope"}}, "nope: no such folder"),
     ],
 )
 def test_a_name_that_leads_nowhere_is_refused_before_training(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_names(recipe(**sections), list(sections))
+
+
+@pytest.mark.parametrize("section", [{"reward_model": "policy"}, scored(models=["policy", "policy"])])
+def test_a_language_model_is_no_reward_model(
+    section: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved_model(tmp_path / "policy", pairs(), seed=0)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"`grpo\S*`: policy holds a language model \(LlamaForCausalLM\)"):
+        check_names(recipe(grpo=section), ["grpo"])
+
+
+def test_adapter_targets_that_are_no_layers_are_refused_before_a_model_is_loaded() -> None:
+    named = recipe(model={"path": "quickstart", "adapter": {"rank": 2, "targets": ["q_proj", "c_attn"]}}, dpo={})
+    with pytest.raises(ConfigError, match=r"`model.adapter.targets`: 'c_attn' names no linear layer .*gate_proj"):
+        plan_table(named, Corpus(preferences=Part.of(pairs(), "pairs")), ["dpo"])
+
+
+def test_data_that_cannot_serve_is_named() -> None:
+    with pytest.raises(DataError, match=r"questions\.jsonl: none of the data can become sft"):
+        Corpus(ptx=Part.of([Group(pairs()[0].prompt)], "questions.jsonl")).imitated()
 
 
 def test_what_a_function_or_a_finished_stage_scores_needs_no_reward_section(tmp_path: Path) -> None:

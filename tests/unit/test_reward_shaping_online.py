@@ -161,8 +161,8 @@ def test_token_rewards_are_paid_at_their_tokens_and_the_rest_at_the_last() -> No
     [
         (lambda prompt, tokens: [1.0], "returned 1 rewards for 2 tokens"),
         (lambda prompt, tokens: [1.0, float("inf")], "returned inf for a token"),
-        (lambda prompt, tokens: 1.0, "TypeError"),
-        (lambda prompt, tokens: "ab", "returned the text 'a', expected a number"),
+        (lambda prompt, tokens: 1.0, "returned 1.0, a float; expected a number a token"),
+        (lambda prompt, tokens: "ab", "returned 'a', a str; expected a number"),
     ],
 )
 def test_a_token_function_that_returns_something_else_is_a_failure(function: Any, reason: str) -> None:

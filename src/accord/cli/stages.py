@@ -71,7 +71,8 @@ def _run(recipe: Recipe, stages: list[str], args: argparse.Namespace) -> int:
     console = screen()
     corpus = read_corpus(recipe.data)
     if args.dry_run:
-        from accord.methods.plan import check_names, plan_table
+        from accord.methods.named import check_names
+        from accord.methods.plan import plan_table
 
         check_names(recipe, stages)
         resolved = recipe.model_dump(mode="json", exclude_none=True)

@@ -74,7 +74,7 @@ def overrides_tree(overrides: Sequence[str]) -> dict[str, Any]:
 def recipe_from(tree: Mapping[str, Any], *, source: str = "config") -> Recipe:
     """A checked `Recipe` from nested mappings. Raises ConfigError listing all problems."""
     try:
-        recipe = Recipe.model_validate(dict(tree))
+        recipe = Recipe.model_validate(_without_unset(tree, Recipe))
     except ValidationError as error:
         raise ConfigError(_explain(error, source)) from None
     problems = contradictions(recipe)
@@ -103,6 +103,25 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): ({} if value is None else _number(value)) for key, value in tree.items()}
 
 
+def _without_unset(tree: Mapping[str, Any], section: type[BaseModel]) -> dict[str, Any]:
+    """The tree without the keys whose value is null where null is no value: they are as if not given."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        field = section.model_fields.get(key)
+        inner = section_in(field.annotation) if field else None
+        if field is not None and value is None and type(None) not in typing.get_args(field.annotation):
+            continue
+        if inner is not None and isinstance(value, Mapping):
+            named = field is not None and typing.get_origin(field.annotation) is dict
+            value = (
+                {name: _without_unset(one, inner) if isinstance(one, Mapping) else one for name, one in value.items()}
+                if named
+                else _without_unset(value, inner)
+            )
+        found[key] = value
+    return found
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """YAML keeps the last of two equal keys and says nothing; a recipe with two is a mistake."""
 
@@ -124,9 +143,14 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     """Two nested mappings as one; where both have a value, that of `above` stands."""
     result = dict(below)
     for key, value in above.items():
-        old = result.get(key)
-        result[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        old, whole = result.get(key), isinstance(value, _Whole)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        result[key] = merged(old, value) if both and not whole else value
     return result
+
+
+class _Whole(dict[str, Any]):
+    """A mapping that was given as one value: it replaces what lies below, where dotted keys are joined to it."""
 
 
 def _assign(tree: dict[str, Any], keys: tuple[str, ...], value: Any, text: str) -> None:
@@ -138,7 +162,7 @@ def _assign(tree: dict[str, Any], keys: tuple[str, ...], value: Any, text: str) 
         if not isinstance(child, dict):
             raise ConfigError(f"--set {text!r}: {key!r} is a value, not a section")
         node = child
-    node[keys[-1]] = value
+    node[keys[-1]] = _Whole(value) if isinstance(value, dict) else value
 
 
 def _explain(error: ValidationError, source: str) -> str:

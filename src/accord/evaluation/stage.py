@@ -39,7 +39,8 @@ from accord.methods.context import (
 )
 from accord.methods.corpus import Part, split_holdout
 from accord.methods.judges import Judges, function_scorer, judges_of, model_scorer
-from accord.methods.plan import check_compared, check_evaluated, with_references
+from accord.methods.named import check_compared, check_evaluated
+from accord.methods.plan import with_references
 from accord.methods.roles import starting_model
 from accord.models.ilql import ShapedPolicy, has_heads, load_heads
 from accord.models.load import load_reward_model

@@ -12,10 +12,11 @@ from accord.data.order import num_steps
 from accord.errors import ConfigError
 from accord.methods.catalogue import POLICY_STAGES, STAGES
 from accord.methods.corpus import Corpus, Part, split_holdout
-from accord.methods.plan import check_names, check_sizes
+from accord.methods.named import check_names
+from accord.methods.plan import check_sizes
 from accord.randomness import permutation
 from accord.records import Group
-from accord.rewards.http import token_of
+from accord.rewards.http import Client
 
 __all__ = ["check_loop", "fixed_prompts", "held_out", "left_out", "loop_table", "online_stage", "round_prompts"]
 
@@ -45,7 +46,7 @@ def check_loop(recipe: Recipe, corpus: Corpus, given: Collection[str] = ()) -> N
     if config.labeller == "function" and config.label_function is None and "loop.label_function" not in given:
         raise ConfigError("`loop.labeller` = function needs `loop.label_function` (module:function)")
     if config.judge is not None:
-        token_of(config.judge, "loop.judge")
+        Client(config.judge, "loop.judge").check_address()
     section = getattr(recipe, online)
     for key, instead in (
         ("init", "the loop chooses where each round starts (`loop.start_from`)"),
@@ -60,7 +61,7 @@ def check_loop(recipe: Recipe, corpus: Corpus, given: Collection[str] = ()) -> N
             f"none of `{online}.scorers` is the reward model that the loop refits: add one, model: reward"
         )
     stages = [*(["sft"] if recipe.sft is not None else []), online]
-    check_names(recipe, [*stages, "reward"])
+    check_names(recipe, [*stages, "reward"], given)
     check_sizes(recipe, corpus, stages)
     available = len(fixed_prompts(corpus).prompts.groups)
     if config.comparisons > available:

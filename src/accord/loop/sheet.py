@@ -239,7 +239,7 @@ def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{line}: not valid JSON ({error}); expected one object a line") from None
         if not isinstance(row, dict):
             raise DataError(f"{path}:{line}: found {type(row).__name__}; expected one JSON object a line")

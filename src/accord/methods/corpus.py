@@ -171,7 +171,10 @@ def _read(sources: tuple[Source, ...], lenient: bool) -> Part:
 
 
 def _converted(part: Part, kind: GroupKind, note: str = "") -> Part:
-    conversion = as_kind(part.groups, kind)
+    try:
+        conversion = as_kind(part.groups, kind)
+    except DataError as error:
+        raise DataError(f"{', '.join(part.sources)}: {error}") from error
     changed = tuple(
         f"{count:,} {_BECAME[came_from, kind]}"
         for came_from, count in conversion.changed

@@ -9,9 +9,10 @@ from typing import Any
 from accord.config import SamplingFields, ScorerConfig
 from accord.data.templates import Template
 from accord.methods.context import Context, LoadedPolicy, stage_model, weights_hash
-from accord.methods.plan import nothing_scores
+from accord.methods.named import nothing_scores
 from accord.methods.reward_models import reward_model_beside
 from accord.rewards.compose import ComposedScorer, EnsembleScorer, Weighted
+from accord.rewards.functions import load_function
 from accord.rewards.http import Client
 from accord.rewards.remote import Journal, endpoint_scorer, judge_scorer
 from accord.rewards.scorers import (
@@ -21,7 +22,6 @@ from accord.rewards.scorers import (
     NoScorer,
     Scorer,
     TokenFunctionScorer,
-    load_function,
 )
 
 __all__ = ["Judge", "Judges", "function_scorer", "judges_of", "model_scorer"]

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -27,17 +27,13 @@ from accord.config import (
 from accord.config.offline import SOFT_LABEL_FREE
 from accord.data.order import num_steps
 from accord.errors import ConfigError, DataError
-from accord.methods.catalogue import BEST_OF_N, POLICY_STAGES, STAGES
+from accord.methods.catalogue import STAGES
 from accord.methods.corpus import Corpus, Part, split_holdout
 from accord.models.paths import check_model_path
 from accord.records import Group
-from accord.rewards.http import token_of
 
 __all__ = [
-    "check_compared",
-    "check_evaluated",
     "check_labels",
-    "check_names",
     "check_prompts",
     "check_sizes",
     "imitated",
@@ -142,83 +138,6 @@ def check_sizes(recipe: Recipe, corpus: Corpus, stages: list[str]) -> None:
     """Raises ConfigError or DataError where a stage would find nothing to work on: now, not after the stages before."""
     for stage in stages:
         _sizes(recipe, corpus, stage)
-
-
-def check_names(recipe: Recipe, stages: list[str], given: Collection[str] = ()) -> None:
-    """Raises ConfigError where a stage names a model that cannot be one, or nothing that scores: now, not after the
-    stages before. `given` are the keys of functions that come as Python objects."""
-    for stage in stages:
-        section = getattr(recipe, stage)
-        for key in ("init", "reward_model"):
-            named = getattr(section, key, None)
-            if named is not None:
-                _check_model(recipe, named)
-        value_init = getattr(section, "value_init", "reward")
-        if value_init not in ("reward", "policy"):
-            _check_model(recipe, value_init)
-        if isinstance(section, SamplingFields):
-            _check_scorers(recipe, stage, section)
-        scored = recipe.reward is not None or (recipe.root / "reward" / "summary.json").exists()
-        scored = scored or getattr(section, "reward_model", None) is not None
-        if isinstance(section, SamplingFields) and not (
-            scored or section.scorers or section.reward_function or f"{stage}.reward_function" in given
-        ):
-            if getattr(section, "environment", None) is None:
-                raise nothing_scores(stage)
-            if getattr(section, "value_init", None) == "reward":
-                raise no_reward_model(stage)
-    if "evaluate" in stages and recipe.evaluate is not None:
-        check_evaluated(recipe, recipe.evaluate)
-
-
-def no_reward_model(stage: str) -> ConfigError:
-    return ConfigError(
-        f"`{stage}.value_init` = reward, but only the environment scores, which is no model to start from: set "
-        f"`{stage}.value_init` = policy"
-    )
-
-
-def _check_scorers(recipe: Recipe, stage: str, section: SamplingFields) -> None:
-    """Models that cannot be, and variables that are not set."""
-    made = recipe.reward is not None or (recipe.root / "reward" / "summary.json").exists()
-    for name, scorer in section.scorers.items():
-        for model in filter(None, (scorer.model, *scorer.models)):
-            if model != "reward" or not made:
-                _check_model(recipe, model)
-        for kind, remote in (("endpoint", scorer.endpoint), ("judge", scorer.judge)):
-            if remote is not None:
-                token_of(remote, f"{stage}.scorers.{name}.{kind}")
-
-
-def nothing_scores(stage: str) -> ConfigError:
-    return ConfigError(
-        f"the {stage} stage needs something that scores: a `reward` stage in this recipe, `{stage}.reward_model` "
-        f"(a folder), `{stage}.reward_function` (module:function), `{stage}.scorers`, or an `environment` where "
-        "the method has one"
-    )
-
-
-def _check_model(recipe: Recipe, path: str) -> None:
-    """As `check_model_path`, but for a folder that an earlier stage of this run may still make."""
-    if not Path(path).absolute().is_relative_to(recipe.root.absolute()):
-        check_model_path(path)
-
-
-def check_evaluated(recipe: Recipe, section: EvaluateConfig) -> None:
-    """The models of an evaluation are stages, or paths; what they are compared against is one of them."""
-    for name in section.models:
-        if name == BEST_OF_N and recipe.bestofn is None:
-            raise ConfigError(f"`evaluate.models` names {name!r}, which is no stage of this recipe")
-        if name not in ("base", BEST_OF_N, *POLICY_STAGES):
-            _check_model(recipe, name)
-    check_compared(section, section.models or ("base", BEST_OF_N, *POLICY_STAGES))
-
-
-def check_compared(section: EvaluateConfig, names: Sequence[str]) -> None:
-    """Raises ConfigError where what the models are compared against is none of them."""
-    for key, value in (("against", section.against), ("reference", section.reference)):
-        if value is not None and value not in names:
-            raise ConfigError(f"`evaluate.{key}` = {value!r} is not among the models evaluated: {', '.join(names)}")
 
 
 def check_prompts(stage: str, section: RolloutFields, count: int) -> None:
@@ -382,6 +301,13 @@ def _adapter_parameters(recipe: Recipe, adapter: AdapterConfig) -> int:
         for name, shape in shapes.items()
         if len(shape) == 2 and name.endswith(".weight") and not any(part in name for part in NOT_LINEAR)
     }
+    unknown = [t for t in adapter.targets if not any(f".{name}".endswith(f".{t}") for name in layers)]
+    if layers and unknown:
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+        raise ConfigError(
+            f"`model.adapter.targets`: {', '.join(map(repr, unknown))} names no linear layer of the model; its linear "
+            f"layers are called: {known}"
+        )
     targets = tuple(f".{target}" for target in adapter.targets)
     return adapter.rank * sum(size for name, size in layers.items() if not targets or f".{name}".endswith(targets))
 

@@ -22,7 +22,8 @@ from accord.models.layout import Layout
 from accord.models.load import load_reward_model
 from accord.models.sharing import sharing_copy
 from accord.records import TokenCompletion, TokenGroup
-from accord.rewards.scorers import JudgingModel, Scorer, load_function
+from accord.rewards.functions import load_function
+from accord.rewards.scorers import JudgingModel, Scorer
 from accord.rollout.conversations import Partner
 from accord.rollout.native import NativeSampler
 

@@ -58,14 +58,6 @@ def resolved(host: str, port: int) -> Sequence[str]:
     return [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
-def token_of(config: RemoteFields, key: str) -> str:
-    """The service's token, "" without one. Raises ConfigError when the variable that `token_env` names is not set."""
-    token = os.environ.get(config.token_env, "").strip() if config.token_env else ""
-    if config.token_env and not token:
-        raise ConfigError(f"`{key}.token_env` names {config.token_env}, which is not set in the environment")
-    return token
-
-
 class Client:
     """Posts JSON to the url of `config`; `key` names the section in errors. Safe to use from several threads."""
 
@@ -80,13 +72,25 @@ class Client:
         """Raises: ConfigError when the environment variable that `token_env` names is not set."""
         parts = urlsplit(config.url)
         assert parts.hostname is not None  # see accord.config.check
-        self.url = config.url
+        self.url, self._key = config.url, key
         self._config, self._resolve, self._sleep = config, resolve, sleep
         self._host, self._secure = parts.hostname, parts.scheme == "https"
         self._port = parts.port or (443 if self._secure else 80)
         self._target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        self._token = token_of(config, key)
+        self._token = os.environ.get(config.token_env, "").strip() if config.token_env else ""
+        if config.token_env and not self._token:
+            raise ConfigError(f"`{key}.token_env` names {config.token_env}, which is not set in the environment")
         self._tls = ssl.create_default_context() if self._secure else None
+
+    def check_address(self) -> None:
+        """Raises ConfigError for an address that will never be connected to. A host that cannot be resolved now may be
+        later."""
+        try:
+            refused = self._refused(self._resolve(self._host, self._port))
+        except (OSError, UnicodeError):
+            return
+        if refused:
+            raise ConfigError(f"`{self._key}.url` = {self.url}: {refused}")
 
     def post(self, body: Any) -> Any:
         """The reply to a JSON body, as JSON. Raises RemoteError naming the url, after as many tries as are allowed."""
@@ -146,12 +150,9 @@ class Client:
             addresses = list(dict.fromkeys(self._resolve(self._host, self._port)))
         except (OSError, UnicodeError) as error:
             raise RemoteError(f"the host {self._host!r} cannot be resolved ({_words(error)})", passing=True) from error
-        private = [address for address in addresses if not is_public(address)]
-        if private and not self._config.allow_private:
-            raise RemoteError(
-                f"{self._host!r} is {private[0]}, an address of this machine or of a private network; allow it with "
-                "allow_private: true if it is yours"
-            )
+        refused = self._refused(addresses)
+        if refused:
+            raise RemoteError(refused)
         failure: OSError | None = None
         for address in addresses:
             try:
@@ -164,6 +165,16 @@ class Client:
             except OSError as error:
                 failure = failure or error
         raise RemoteError(f"cannot connect ({_words(failure)})", passing=True)
+
+    def _refused(self, addresses: Sequence[str]) -> str | None:
+        """Why none of the addresses is connected to; None if they may be."""
+        private = [address for address in addresses if not is_public(address)]
+        if not private or self._config.allow_private:
+            return None
+        return (
+            f"{self._host!r} is {private[0]}, an address of this machine or of a private network; allow it with "
+            "allow_private: true if it is yours"
+        )
 
     def _redacted(self, text: str) -> str:
         """Services repeat keys in their errors."""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
-import os
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +14,7 @@ import torch
 from accord.data.order import micro_batches
 from accord.data.templates import Template
 from accord.data.tokenise import tokenise_groups
-from accord.errors import ConfigError, RewardError
+from accord.errors import RewardError
 from accord.models.layout import collate
 from accord.models.token_scores import head_scores
 from accord.records import Completion, Group, Message, Score, ScoreRequest, content_id
@@ -32,7 +29,6 @@ __all__ = [
     "TokenFunctionScorer",
     "failures_of",
     "fingerprint",
-    "load_function",
     "plain",
     "values_of",
 ]
@@ -151,7 +147,7 @@ class TokenFunctionScorer:
 
     def _one(self, request: ScoreRequest) -> Score:
         try:
-            rewards = tuple(map(_number, self._function(plain(request.prompt), list(request.tokens))))
+            rewards = _numbers(self._function(plain(request.prompt), list(request.tokens)))
         except (Exception, SystemExit) as error:
             return Score(None, _said(error))
         if len(rewards) != len(request.tokens):
@@ -194,29 +190,6 @@ def values_of(scorer: Scorer, requests: Sequence[ScoreRequest]) -> list[float]:
     return [score.value for score in scores if score.value is not None]
 
 
-def load_function(spec: str, key: str) -> RewardFunction:
-    """The function behind `module:function`, looked up on the import path and in the current folder."""
-    module_name, colon, name = spec.partition(":")
-    if not colon or not module_name or not name:
-        raise ConfigError(f"`{key}` = {spec!r}: expected module:function, for example my_rewards:score")
-    # A console script starts with its own folder on the path, where `python -m` has the current one.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # the current folder, which an installed command does not look in
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(
-            f"`{key}` = {spec!r}: cannot import {module_name!r} ({error}); "
-            "it must be installed, in the current folder, or in a folder on PYTHONPATH"
-        ) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ConfigError(f"`{key}` = {spec!r}: {module_name!r} has no function {name!r}")
-    return function
-
-
 def fingerprint(function: Callable[..., Any]) -> str:
     """A hash of a function's or a class's source (of its bytecode where there is none)."""
     try:
@@ -239,12 +212,29 @@ def plain(prompt: Sequence[Message]) -> Any:
     return [{"role": m.role, "content": m.content} for m in prompt]
 
 
+class _NotNumbers(TypeError):
+    """What a function returned cannot be used: its own fault, wherever that was noticed."""
+
+
 def _number(value: Any) -> float:
-    if isinstance(value, str):
-        raise TypeError(f"returned the text {value!r}, expected a number")
-    return float(value)
+    try:
+        if not isinstance(value, str):
+            return float(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise _NotNumbers(f"returned {value!r:.100}, a {type(value).__name__}; expected a number")
+
+
+def _numbers(values: Any) -> tuple[float, ...]:
+    try:
+        given = iter(values)
+    except TypeError:
+        raise _NotNumbers(f"returned {values!r:.100}, a {type(values).__name__}; expected a number a token") from None
+    return tuple(_number(value) for value in given)
 
 
 def _said(error: BaseException) -> str:
+    if isinstance(error, _NotNumbers):
+        return str(error)
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"
