@@ -26,7 +26,7 @@ SECTION: dict[str, Any] = {
     "missing_eos_penalty": 0.0,
 }  # fmt: skip
 GUARDS: dict[str, Any] = {
-    "baseline": 1, "window": 2, "length_ratio": [1.2, 1.4],
+    "baseline": 1, "window": 2, "shorter_ratio": [1.2, 1.4],
     "off": ["entropy", "diversity", "repetition", "word", "outliers", "duplicates"],
 }  # fmt: skip
 
@@ -79,8 +79,15 @@ def test_a_reward_that_pays_for_brevity_stops_with_the_weights_from_before(
     assert length["worst"] == "ALERT" and "shorter" in length["seen"]
     assert any("was at ALERT" in text for text in summary["warnings"])
     account = summary["account"][0]
+    assert not any("Training stopped" in line for line in summary["account"][1:])
     assert account.startswith(f"Training stopped at step {len(rows)}") and "the guard length" in account
-    kept = int(account.partition("the weights are those of step ")[2].rstrip("."))
+    ending, _, rest = account.partition("the weights are those of step ")[2].partition(". ")
+    kept = int(ending)
+    assert rest == "What follows is measured up to these."
+    # The rollout after step `kept` is the last that its weights wrote; of fewer than 20 a tenth is one.
+    found = {row["name"]: row["value"] for row in summary["headline"]}
+    assert found["rollout/completion_tokens/mean"] == rows[kept]["rollout/completion_tokens/mean"]
+    assert rows[kept]["step"] == kept + 1 < len(rows)
     alarms = [json.loads(line) for line in (tmp_path / "stopped/rloo/guards.jsonl").read_text().splitlines()]
     begun = next(row["begun"] for row in alarms if row.get("guard") == "length" and row["level"] == "ALERT")
     assert 0 < kept < begun - 1 or kept == 1  # the rollout of step `begun` was written by the weights before it

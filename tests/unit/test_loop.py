@@ -136,16 +136,16 @@ class Stopping(Adder):
 
 
 def test_a_step_that_ends_the_training_is_the_last_one_and_stays_it(tmp_path: Path) -> None:
-    assert ended(Stopping(), tmp_path) == Ended(4, "the total exceeded 9")
+    assert ended(Stopping(), tmp_path) == Ended(4, 4, "the total exceeded 9")
     assert logged(tmp_path) == WHOLE[:4]
     again = Stopping()
-    assert ended(again, tmp_path) == Ended(4, "the total exceeded 9")
+    assert ended(again, tmp_path) == Ended(4, 4, "the total exceeded 9")
     assert again.seen == [1, 2, 3, 4]
     assert logged(tmp_path) == WHOLE[:4]
 
 
 def test_a_training_that_runs_to_its_last_step_did_not_end_early(tmp_path: Path) -> None:
-    assert ended(Adder(), tmp_path) == ended(Adder(), tmp_path) == Ended(6)
+    assert ended(Adder(), tmp_path) == ended(Adder(), tmp_path) == Ended(6, 6)
 
 
 @pytest.mark.parametrize("signals", [("step", 4), ("save", 4)])
@@ -154,5 +154,5 @@ def test_a_signal_during_the_step_that_ends_the_training_loses_no_ending(
 ) -> None:
     with pytest.raises(Terminated, match="at adder step 4 of 6"):
         train(Stopping(signals=signals), tmp_path)
-    assert ended(Stopping(), tmp_path) == Ended(4, "the total exceeded 9")
+    assert ended(Stopping(), tmp_path) == Ended(4, 4, "the total exceeded 9")
     assert logged(tmp_path) == WHOLE[:4]

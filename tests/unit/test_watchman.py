@@ -64,7 +64,7 @@ TOLD = [(1, "OK"), (7, "WARN"), (8, "ALERT")]
 def test_an_alert_that_is_logged_changes_nothing_but_is_said(tmp_path: Path) -> None:
     trainer = Growing()
     ended, printed = train(trainer, tmp_path)
-    assert ended == Ended(14) and float(trainer.total) == sum(range(15))
+    assert ended == Ended(14, 14) and float(trainer.total) == sum(range(15))
     assert levels(tmp_path) == TOLD
     assert "ALERT step 8, length: answers are" in printed
     assert "samples.jsonl" in printed  # what to do
@@ -74,14 +74,14 @@ def test_an_alert_that_is_logged_changes_nothing_but_is_said(tmp_path: Path) -> 
 def test_a_run_without_alarms_is_left_alone_whatever_an_alert_would_do(tmp_path: Path) -> None:
     for action in ("pause", "stop"):
         trainer = Growing(begin=99)
-        assert train(trainer, tmp_path / action, on_alert=action)[0] == Ended(14)
+        assert train(trainer, tmp_path / action, on_alert=action)[0] == Ended(14, 14)
         assert levels(tmp_path / action) == [(1, "OK")]
 
 
 def test_stop_goes_back_to_the_newest_checkpoint_from_before_the_alarm_began(tmp_path: Path) -> None:
     trainer = Growing(checkpoint_every=2)
     ended, _ = train(trainer, tmp_path, on_alert="stop")
-    assert ended.steps == 8 and ended.early is not None
+    assert (ended.steps, ended.weights) == (8, 4) and ended.early is not None
     assert "length" in ended.early and "began at step 6" in ended.early and "those of step 4" in ended.early
     assert float(trainer.total) == 1 + 2 + 3 + 4
     assert read_guard_log(tmp_path)[-1] == {"step": 8, "ended": ended.early}
@@ -113,7 +113,7 @@ def test_pause_saves_and_goes_on_only_when_the_alert_is_acknowledged(tmp_path: P
     with pytest.raises(GuardAlert, match="step 8 of 14"):
         train(Growing(checkpoint_every=5), tmp_path, on_alert="pause")
     trainer = Growing(checkpoint_every=5)
-    assert train(trainer, tmp_path, on_alert="pause", acknowledge=["length"])[0] == Ended(14)
+    assert train(trainer, tmp_path, on_alert="pause", acknowledge=["length"])[0] == Ended(14, 14)
     assert float(trainer.total) == sum(range(15))
     assert levels(tmp_path) == TOLD
 
@@ -125,5 +125,5 @@ def test_a_checkpoint_from_before_there_were_guards_is_continued(tmp_path: Path)
     ):
         run_training(Growing(breaks=4), run, Console(file=io.StringIO()))
     assert json.loads((tmp_path / "checkpoints" / "step-00000002" / "state.json").read_text()) == {"own": 1}
-    assert train(Growing(), tmp_path)[0] == Ended(14)
+    assert train(Growing(), tmp_path)[0] == Ended(14, 14)
     assert levels(tmp_path)[0] == (3, "OK")

@@ -23,9 +23,9 @@ def read_guard_log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def guard_ending(rows: Sequence[dict[str, Any]]) -> str | None:
-    """Why a guard ended the stage, None if none did."""
-    return next((f"Training stopped at step {row['step']}: {row['ended']}." for row in rows if "ended" in row), None)
+def guard_ending(rows: Sequence[dict[str, Any]]) -> tuple[int, str] | None:
+    """At which step and why a guard ended the stage, None if none did."""
+    return next(((row["step"], row["ended"]) for row in rows if "ended" in row), None)
 
 
 def guard_account(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -185,8 +185,8 @@ def _with_guards(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
     if not table:
         return summary
     account = summary.get("account", [])
-    if ending is not None and ending not in account:
-        account = [ending, *account]
+    if ending is not None and not any(ending[1] in line for line in account):
+        account = [f"Training stopped at step {ending[0]}: {ending[1]}.", *account]
     alerts = [
         f"Guard {row['guard']} ({row['title']}) was at ALERT from step {row['step']}: {row['seen']}. {row['advice']}"
         for row in table

@@ -28,7 +28,9 @@ def online_summary(
     run: RunFolder, trainer: Online, section: RolloutFields, scorer: str, ended: Ended
 ) -> dict[str, Any]:
     rows = read_run(run.path).metrics
-    first, last = _end_mean(rows, -1), _end_mean(rows, 1)
+    # What a step measures is the work of the weights after the step before it.
+    kept = {name: [point for point in points if point[0] <= ended.weights + 1] for name, points in rows.items()}
+    first, last = _end_mean(kept, -1), _end_mean(kept, 1)
     kl = last["rollout/kl_per_sequence_nats"]
     did, pieces = ("wrote", "answers") if section.environment is None else ("had", "conversations")
     account = [
@@ -41,7 +43,8 @@ def online_summary(
         f"themselves.",
     ]
     if ended.early is not None:
-        account.insert(0, f"Training stopped at step {ended.steps} of {trainer.total_steps}: {ended.early}.")
+        theirs = "" if ended.weights == ended.steps else " What follows is measured up to these."
+        account.insert(0, f"Training stopped at step {ended.steps} of {trainer.total_steps}: {ended.early}.{theirs}")
     if section.environment is not None:
         account.append(
             f"In a conversation with {section.environment} the policy gave {first['rollout/turns/mean']:.1f} answers "
@@ -91,6 +94,8 @@ def _end_mean(metrics: Mapping[str, Points], end: Literal[-1, 1]) -> dict[str, f
     """Each metric's mean over the first (-1) or last (1) tenth of the steps."""
     result = {}
     for name, points in metrics.items():
+        if not points:
+            continue
         size = max(1, len(points) // 10)
         part = points[-size:] if end == 1 else points[:size]
         result[name] = sum(value for _, value in part) / len(part)

@@ -50,9 +50,13 @@ class StepOutcome:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How training ended: steps done, and why ahead of the trainer's total, None if not."""
+    """How training ended: steps done, and why ahead of the trainer's total, None if not.
+
+    weights  the step whose weights are kept: the last one, but where a guard stopped an earlier one
+    """
 
     steps: int
+    weights: int
     early: str | None = None
 
 
@@ -89,6 +93,7 @@ def run_training(trainer: Trainer, run: RunFolder, console: Console, guards: Gua
     """
     watch = Watchman(guards, run, console)
     done, early = _resume(trainer, run, console, watch)
+    kept: int | None = None
     with (
         GracefulStop() as stop,
         StageProgress(console, trainer.stage, trainer.total_steps, done) as progress,
@@ -103,7 +108,8 @@ def run_training(trainer: Trainer, run: RunFolder, console: Console, guards: Gua
             }
             watch.observe(step, _record(run, step, outcome, clocks))
             if watch.stopping is not None:
-                done, early = step, _go_back(trainer, run, step, watch.stopping)
+                done = step
+                kept, early = _go_back(trainer, run, step, watch.stopping)
                 watch.ended(step, early)
                 break
             early = outcome.ending
@@ -125,19 +131,19 @@ def run_training(trainer: Trainer, run: RunFolder, console: Console, guards: Gua
         )
     if watch.pausing is not None and done < trainer.total_steps and early is None:
         raise GuardAlert(watch.pausing.request(f"{trainer.stage} step {done} of {trainer.total_steps}"))
-    return Ended(done, early)
+    return Ended(done, done if kept is None else kept, early)
 
 
-def _go_back(trainer: Trainer, run: RunFolder, step: int, alarm: Alarm) -> str:
-    """Restore the newest state from before the alarm began; returns why training ended, and with which weights.
+def _go_back(trainer: Trainer, run: RunFolder, step: int, alarm: Alarm) -> tuple[int, str]:
+    """Restore the newest state from before the alarm began; returns its step, and why training ended.
 
     What step k measures is the work of the weights after step k - 1: the first suspicious ones have to go as well.
     """
     snapshot = load_before(run.checkpoints, alarm.begun - 1, every=trainer.checkpoint_every)
     if snapshot is None:
-        return f"{alarm.text}; there is no earlier checkpoint, so the weights are those of step {step}"
+        return step, f"{alarm.text}; there is no earlier checkpoint, so the weights are those of step {step}"
     _restore(trainer, snapshot)
-    return f"{alarm.text}; the weights are those of step {snapshot.step}"
+    return snapshot.step, f"{alarm.text}; the weights are those of step {snapshot.step}"
 
 
 def _restore(trainer: Trainer, snapshot: Snapshot) -> None:
