@@ -23,13 +23,14 @@ from accord.tasks.randomwalks import RandomWalks
 
 SMALL = ModelShape(hidden_size=64, layers=2, heads=4, max_positions=64, kind="gpt2")
 ONLINE = ("rloo", "grpo", "reinforce", "online_dpo")
-# The settings of the benchmark, and what a loss needs beside them; a third of the epochs.
-DPO, ORPO, KTO = (("dpo", "dpo.epochs=2"), ("orpo", "orpo.epochs=2"), ("kto", "kto.epochs=2"))
+# The settings of the benchmark, and what a loss needs beside them; two thirds of the episodes, a third or a sixth of
+# the epochs.
+DPO, ORPO, KTO = (("dpo", "dpo.epochs=1"), ("orpo", "orpo.epochs=2"), ("kto", "kto.epochs=1"))
 PAIRED: dict[str, tuple[str, ...]] = {
     **{name: (*DPO, f"dpo.loss={name}") for name in ("conservative", "robust", "hinge", "rdpo", "simpo", "apo_zero")},
     "ipo": (*DPO, "dpo.loss=ipo", "dpo.beta=0.1"),
     # Without a reference the optimum is exp(optimality / beta) alone, and there are many bad walks.
-    "cpo": (*DPO, "dpo.loss=cpo", "dpo.beta=0.1"),
+    "cpo": ("dpo", "dpo.epochs=2", "dpo.loss=cpo", "dpo.beta=0.1"),
     # It lowers the better walks too, only less: without imitation the policy would forget how to walk.
     "apo_down": (*DPO, "dpo.loss=apo_down", "dpo.beta=1", "dpo.learning_rate=1e-4", "dpo.sft_coef=1"),
     "orpo": ORPO,
@@ -41,6 +42,8 @@ PAIRED: dict[str, tuple[str, ...]] = {
 def run(folder: Path, method: str, *overrides: str) -> WalksEvaluation:
     """Trained anew in `folder`, from the behaviour clone and the pairs that are there."""
     shutil.rmtree(folder / method, ignore_errors=True)
+    if method in ONLINE:
+        overrides = (f"{method}.episodes=12800", *overrides)
     result = randomwalks.run_randomwalks(
         method, seed=0, overrides=["sft.learning_rate=2e-3", *overrides], console=Console(quiet=True), out=folder
     )
@@ -77,7 +80,8 @@ def noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("method", ONLINE)
 def test_online_methods_reach_the_shortest_paths(method: str, folder: Path) -> None:
-    assert 0.95 <= run(folder, method).optimality <= 1
+    """Random walks have .35. After all of the benchmark's episodes each is above .95."""
+    assert 0.9 <= run(folder, method).optimality <= 1
 
 
 @pytest.mark.parametrize("method", ["rloo", "grpo"])
@@ -88,7 +92,7 @@ def test_with_a_price_on_kl_they_come_near_the_exact_optimum(method: str, folder
 
 def test_dpo_comes_near_the_exact_optimum(folder: Path) -> None:
     """At beta .3 on Bradley-Terry labels its optimum is PPO's at `kl_coef` .3."""
-    evaluation = run(folder, *DPO, "dpo.beta=0.3")
+    evaluation = run(folder, "dpo", "dpo.epochs=2")
     assert 0.9 * evaluation.optimum <= evaluation.objective <= evaluation.optimum
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,6 +43,7 @@ RAW_TEMPLATE = (
 OWN_TEMPLATES = {"plain": PLAIN_TEMPLATE, "raw": RAW_TEMPLATE}
 PRIVATE_USE = range(0xE000, 0xF900)
 PROBE = "an answer to find again"
+RENDERED = 64  # texts kept
 
 
 class _Chat(NamedTuple):
@@ -72,6 +74,8 @@ class Template:
         self.name = name
         self._source = source
         self._special_tokens: dict[str, Any] = tokenizer.special_tokens_map
+        # The same turns are rendered for the prompt, for each answer, and to find where an answer stands.
+        self._rendered = lru_cache(maxsize=RENDERED)(self._render_turns)
         self._anchors = self._anchors_needed()
         self._lead, tail = self._probe()
         self._tail_space = tail[len(tail.rstrip()) :]
@@ -269,9 +273,13 @@ class Template:
         )
 
     def _render(self, messages: list[dict[str, str]], *, generation: bool) -> str:
+        return self._rendered(tuple((message["role"], message["content"]) for message in messages), generation)
+
+    def _render_turns(self, turns: tuple[tuple[str, str], ...], generation: bool) -> str:
         import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        messages = [{"role": role, "content": content} for role, content in turns]
         try:
             # Not `apply_chat_template`: that one refuses an empty prompt, which raw text has.
             rendered, _ = render_jinja_template(
@@ -303,6 +311,8 @@ class Template:
         return min(ends, default=max(start, len(text.removesuffix(self._tail_space))))
 
     def _encode(self, text: str, start: int, end: int, mark: str) -> list[int]:
+        if start == end:
+            return []
         parts = text[start:end].split(mark) if mark else [text[start:end]]
         ids: list[int] = []
         for number, part in enumerate(parts):
