@@ -49,6 +49,9 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "ensemble, less variance": {"combine": "uncertainty"},
     "ptx 1": {"ptx_coef": 1.0},
 }
+PRICES = [name for name, options in REMEDIES.items() if "combine" not in options]
+ENSEMBLES = [name for name, options in REMEDIES.items() if "combine" in options]
+DISTANCE = "\u221aKL to the SFT model (\u221anats)"
 HEADS = 4
 BLOCK = 5
 FEWEST_BLOCKS = 5  # fewer say nothing about how much they vary
@@ -413,14 +416,19 @@ def _panels(out: Path, scale: Scale, seeds: Sequence[int]) -> list[Panel]:
         names = [name for name, _, _ in cases]
         panels.append(_panel(f"Best of n by {title}", names, bon, lines=True))
         panels.append(_panel(f"PPO by {title}", names, ppo, lines=False))
-    names = ["plain", *REMEDIES]
-    runs = [_pooled([_ppo_run(out, k, size, amount, name, f"{size}-{amount}") for k in seeds]) for name in names]
-    panels.append(_panel("PPO, plain and with remedies", names[:4], runs[:4], lines=False))
-    panels.append(_panel("PPO, plain and with remedies", [names[0], *names[4:]], [runs[0], *runs[4:]], lines=False))
-    plain = runs[0]
-    proxy = Series("proxy (reward model)", tuple(plain.distances), tuple(plain.proxy), colour=1, draw="points")
-    gold = Series("gold", tuple(plain.distances), tuple(plain.gold), colour=0, draw="points")
-    panels.append(Panel("PPO: what was optimised and what was wanted", (gold, proxy), "\u221aKL", "gain over SFT"))
+    plain = ppo[list(scale.amounts).index(amount)]
+    for title, names in (("a price on KL, and ptx", PRICES), ("ensembles of four heads", ENSEMBLES)):
+        runs = [_pooled([_ppo_run(out, k, size, amount, name, f"{size}-{amount}") for k in seeds]) for name in names]
+        short = [name.removeprefix("ensemble, ") for name in names]
+        panels.append(_panel(f"PPO, plain and with {title}", ["plain", *short], [plain, *runs], lines=False))
+    chosen = _best_of_n_run(*_best_of_n_curves(out, seeds, f"{size}-{amount}"))
+    for method, run, draw in (("Best of n", chosen, "line"), ("PPO", plain, "points")):
+        kinds = (("gold", run.gold), ("proxy (the reward model)", run.proxy))
+        series = tuple(
+            Series(name, tuple(run.distances), tuple(gains), colour=colour, draw=draw)
+            for colour, (name, gains) in enumerate(kinds)
+        )
+        panels.append(Panel(f"{method}: what was wanted, and what was optimised", series, DISTANCE, "gain over SFT"))
     return panels
 
 
@@ -435,7 +443,7 @@ def _panel(title: str, names: Sequence[str], runs: Sequence[Run], *, lines: bool
         grid = np.linspace(0.05, run.distances.max(), 40)
         law = gain_at(fit("reinforcement learning", run.distances, run.gold), grid)
         series.append(Series(name, tuple(grid), tuple(law), colour=colour))
-    return Panel(title, tuple(series), "\u221aKL to the SFT model (\u221anats)", "gold gain over SFT")
+    return Panel(title, tuple(series), DISTANCE, "gold gain over SFT")
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
