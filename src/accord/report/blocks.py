@@ -42,7 +42,7 @@ def guard_table(guards: Sequence[GuardRow]) -> Html | None:
     ]
     names = ("guard", "worst", "reached", "at the end", "what was seen, and what to do")
     head = element("tr", *(element("th", name, scope="col") for name in names))
-    return element("div", element("table", head, *rows), class_="card scroll")
+    return element("div", element("table", head, *rows, class_="guards"), class_="card scroll")
 
 
 def _tile(item: Estimate) -> Html:

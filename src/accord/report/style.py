@@ -98,6 +98,9 @@ th small, td small { display: block; font-weight: 400; font-size: 0.9em; line-he
 .models th[scope=row] { color: var(--ink); min-width: 9em; }
 .models th[scope=col] { color: var(--ink); font-weight: 620; width: auto; }
 .models small { color: var(--muted); }
+.guards th, .guards td { width: auto; overflow-wrap: normal; }
+.guards td:last-child { width: 62%; min-width: 16em; }
+.guards td strong { color: var(--ink); }
 .models td { font-variant-numeric: tabular-nums; overflow-wrap: normal; min-width: 6.5em; }
 .models tr:last-child > * { border-bottom: 0; }
 .scroll { overflow-x: auto; }
