@@ -40,10 +40,9 @@ def reference_page() -> str:
     parts = [
         "# Configuration reference",
         "Generated from the code by `scripts/generate_docs.py`. A recipe is a YAML file with these sections; any key "
-        "can "
-        "be changed on the command line with `--set section.key=value`. Unknown keys are errors that name the "
-        "nearest one. "
-        "`--dry-run` shows the resolved configuration without running it.",
+        "can be changed on the command line with `--set section.key=value`, and taken back with "
+        "`--set section.key=null`. Unknown keys are errors that name the nearest one. `--dry-run` shows the resolved "
+        "configuration without running it.",
         "## Top level",
         _table(Recipe, only_plain=True),
     ]
