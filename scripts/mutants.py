@@ -464,6 +464,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Break the losses in every small way and see that a test notices.")
     parser.add_argument("modules", nargs="*", help="only these modules of losses, e.g. kto; all when none is named")
     names = parser.parse_args().modules
+    unknown = sorted(set(names) - {path.stem for path in MODULES})
+    if unknown:
+        parser.error(f"no module of losses: {', '.join(unknown)}; there are {', '.join(p.stem for p in MODULES)}")
     paths = [path for path in MODULES if not names or path.stem in names]
     start = time.monotonic()
     preload()
