@@ -141,6 +141,7 @@ def test_the_span_from_the_first_difference() -> None:
     result.loss.backward()
     assert result.loss.item() == pytest.approx(0.378135, abs=1e-6)
     assert result.span_loss_sum.item() == pytest.approx(0.378135, abs=1e-6)
+    assert not result.span_loss_sum.requires_grad  # a metric
     assert scores.grad is not None
     expected = [0, 0, -0.133771, -0.118115, -0.055994]
     assert scores.grad[0].tolist() == pytest.approx(expected, abs=1e-6)

@@ -202,7 +202,7 @@ def divergence_span_loss(
 def _carried_places(mask: Tensor) -> Tensor:
     """(C, T) place of the token whose score stands at t: t itself, or the last one there is before it."""
     places = torch.arange(mask.shape[1], device=mask.device)
-    return torch.minimum(places, mask.sum(1, keepdim=True).clamp_min(1) - 1)
+    return torch.minimum(places, mask.sum(1, keepdim=True) - 1)
 
 
 def _pairs(ranks: Tensor, group_index: Tensor) -> tuple[Tensor, Tensor]:
