@@ -71,7 +71,7 @@ MEANT: dict[str, tuple[str, ...]] = {
     "holdout": PLANTED,
     "any": PLANTED,
 }
-EVERY, KEEP = 2, 13  # checkpoint_every and keep_checkpoints of a run that guards may stop: all are there to go back to
+EVERY = 2  # checkpoint_every of a run that guards may stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,12 +146,9 @@ def alerts_of(stream: Stream, config: GuardsConfig) -> dict[str, Alerted]:
     return found
 
 
-def kept_step(alerted: Alerted, *, every: int = EVERY, keep: int = KEEP) -> int:
-    """The step whose weights a stage keeps that a guard stops, as `accord.training.loop` does it; the alert's own step
-    where there is no checkpoint yet."""
-    saved = list(range(every, alerted.step, every))[-keep:]
-    before = [step for step in saved if step + 1 < alerted.begun]
-    return before[-1] if before else saved[0] if saved else alerted.step
+def kept_step(alerted: Alerted, *, every: int = EVERY) -> int:
+    """The step whose weights a stage keeps that a guard stops, as `accord.training.loop` does it; 0 is the start."""
+    return max(step for step in range(0, alerted.step, every) if step == 0 or step + 1 < alerted.begun)
 
 
 def gold_after(stream: Stream, step: int) -> float:

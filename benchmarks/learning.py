@@ -29,7 +29,7 @@ from benchmarks.figure import Panel, write_figure
 from benchmarks.jobs import run_jobs
 
 KL_COEF = {"quickstart": 0.1, "randomwalks": 0.1}
-EPISODES = {"quickstart": 4096, "randomwalks": 9600}
+EPISODES = {"quickstart": 2560, "randomwalks": 6400}
 ROLLOUT = {"quickstart": 128, "randomwalks": 320}
 PROMPTS = 20  # letters of randomwalks: a rollout holds all of them
 WINDOW = 3

@@ -40,9 +40,9 @@ def test_the_ratio_is_one_before_the_first_update(finished: Path) -> None:
 
 
 def test_a_constant_reward_does_not_win(finished: Path, tmp_path: Path) -> None:
-    """The same SFT model and prompts, a quarter of the steps. All of the reward is constant, the penalty for answers without an end too,
-    for that is a reward as well. The value model starts at 0, which is what a reward of 0 is worth, so no advantage
-    ever differs from 0: whatever moved the policy would be a signal that leaked in."""
+    """The same SFT model and prompts, a quarter of the steps. All of the reward is constant, the penalty for answers
+    without an end too, for that is a reward as well. The value model starts at 0, which is what a reward of 0 is worth,
+    so no advantage ever differs from 0: whatever moved the policy would be a signal that leaked in."""
     folder = tmp_path / "constant"
     shutil.copytree(finished / "sft", folder / "sft")
     summary = run_quickstart(

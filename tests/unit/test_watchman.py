@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from rich.console import Console
 
 from accord.config import GuardsConfig
-from accord.errors import GuardAlert
+from accord.errors import GuardAlert, Terminated
 from accord.guards import read_guard_log
 from accord.training.loop import Captured, Ended, StepOutcome, run_training
 from accord.training.runfolder import RunFolder
@@ -21,19 +23,22 @@ QUICK = {"baseline": 1, "window": 1, "patience": 2, "length_ratio": (1.5, 2.0)}
 
 
 class Growing:
-    """Its answers grow by half from step 6 on; its weight is the sum of the steps. `breaks` after that step once."""
+    """Its answers grow by half from step 6 on; its weight is the sum of the steps. `breaks` before that step, and is
+    `told` to end in that one."""
 
     stage = "growing"
     keep_checkpoints = 2
     total_steps = 14
 
-    def __init__(self, *, checkpoint_every: int = 2, breaks: int = 0, begin: int = 6) -> None:
-        self.checkpoint_every, self._breaks, self._begin = checkpoint_every, breaks, begin
+    def __init__(self, *, checkpoint_every: int = 2, breaks: int = 0, begin: int = 6, told: int = 0) -> None:
+        self.checkpoint_every, self._breaks, self._begin, self._told = checkpoint_every, breaks, begin, told
         self.total = torch.zeros(1, dtype=torch.float64)
 
     def step(self, step: int) -> StepOutcome:
         if step == self._breaks:
             raise KeyboardInterrupt
+        if step == self._told:
+            os.kill(os.getpid(), signal.SIGTERM)
         self.total += step
         return StepOutcome({"rollout/completion_tokens/mean": 10.0 * 1.5 ** max(0, step - self._begin + 1)})
 
@@ -87,11 +92,45 @@ def test_stop_goes_back_to_the_newest_checkpoint_from_before_the_alarm_began(tmp
     assert read_guard_log(tmp_path)[-1] == {"step": 8, "ended": ended.early}
 
 
-@pytest.mark.parametrize(("every", "kept"), [(100, 8), (7, 7)])
-def test_without_a_checkpoint_from_before_it_keeps_the_oldest_there_is(tmp_path: Path, every: int, kept: int) -> None:
+@pytest.mark.parametrize("every", [100, 7])
+def test_without_a_checkpoint_from_before_it_goes_back_to_the_start(tmp_path: Path, every: int) -> None:
     trainer = Growing(checkpoint_every=every)
-    assert f"those of step {kept}" in str(train(trainer, tmp_path, on_alert="stop")[0].early)
-    assert float(trainer.total) == sum(range(kept + 1))
+    ended, printed = train(trainer, tmp_path, on_alert="stop")
+    assert ended.weights == 0 and "the weights are those that training started from" in str(ended.early)
+    assert float(trainer.total) == 0
+    assert "continuing" not in printed
+
+
+def test_the_checkpoint_that_an_alarm_may_go_back_to_is_kept(tmp_path: Path) -> None:
+    """The judge is at its best at step 3, and a fall of two standard errors is seen long after two newer checkpoints;
+    those after the peak are removed as ever."""
+
+    class Falling(Growing):
+        total_steps = 40
+
+        def step(self, step: int) -> StepOutcome:
+            self.total += step
+            judge = (step if step <= 3 else 3.3 - 0.1 * step) + 0.5 * (step % 2)
+            return StepOutcome({"rollout/score/mean": float(step), "rollout/holdout_score/mean": judge})
+
+    trainer = Falling(checkpoint_every=1)
+    ended, _ = train(trainer, tmp_path, on_alert="stop")
+    assert ended.steps > 6 and "began at step 3" in str(ended.early)
+    assert ended.weights == 1 and float(trainer.total) == 1
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 3
+
+
+@pytest.mark.parametrize("every", [2, 5])
+@pytest.mark.parametrize("told", range(1, 8))
+def test_a_run_that_was_told_to_end_stops_with_the_same_weights(tmp_path: Path, told: int, every: int) -> None:
+    """It saves between two checkpoints, which must neither take the place of one nor be gone back to."""
+    whole = Growing(checkpoint_every=every)
+    expected = train(whole, tmp_path / "whole", on_alert="stop")[0]
+    with pytest.raises(Terminated):
+        train(Growing(checkpoint_every=every, told=told), tmp_path / "cut", on_alert="stop")
+    again = Growing(checkpoint_every=every)
+    assert train(again, tmp_path / "cut", on_alert="stop")[0] == expected
+    assert torch.equal(again.total, whole.total)
 
 
 @pytest.mark.parametrize("broken", range(2, 9))

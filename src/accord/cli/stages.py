@@ -9,6 +9,7 @@ import yaml
 
 from accord.cli.screen import screen
 from accord.config import Recipe, load_recipe
+from accord.errors import ConfigError
 from accord.methods.catalogue import STAGES
 
 __all__ = ["add_parsers", "add_recipe_parser"]
@@ -55,6 +56,8 @@ def _keys(stage: str) -> str:
 
 def _run_one(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe, args.overrides, defaults={args.stage: {}})
+    if getattr(recipe, args.stage) is None:
+        raise ConfigError(f"`{args.stage}` is null, and `accord {args.stage}` runs it: leave null out")
     return _run(recipe, [args.stage], args)
 
 

@@ -6,7 +6,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
     """`section.key=value` -> (("section", "key"), value). The value is read as YAML; `1e-5` is a number."""
     key, equals, value = text.partition("=")
-    if not equals or not key.strip():
+    if not equals or not all(part.strip() for part in key.split(".")):
         raise ConfigError(f"--set {text!r}: expected section.key=value, for example --set ppo.kl_coef=0.1")
     try:
         parsed = yaml.safe_load(value)
@@ -114,7 +114,11 @@ def _without_unset(tree: Mapping[str, Any], section: type[BaseModel]) -> dict[st
         if inner is not None and isinstance(value, Mapping):
             named = field is not None and typing.get_origin(field.annotation) is dict
             value = (
-                {name: _without_unset(one, inner) if isinstance(one, Mapping) else one for name, one in value.items()}
+                {
+                    name: _without_unset(one, inner) if isinstance(one, Mapping) else one
+                    for name, one in value.items()
+                    if one is not None
+                }
                 if named
                 else _without_unset(value, inner)
             )
@@ -130,6 +134,8 @@ def _unique_mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, An
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, Hashable):
+            raise yaml.MarkedYAMLError(problem=f"{key!r} is no key", problem_mark=key_node.start_mark)
         if key in seen:
             raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands twice", problem_mark=key_node.start_mark)
         seen.add(key)
@@ -157,8 +163,8 @@ def _assign(tree: dict[str, Any], keys: tuple[str, ...], value: Any, text: str) 
     node = tree
     for key in keys[:-1]:
         child = node.get(key)
-        if child is None:
-            child = node[key] = {}
+        if child is None:  # null first, then a key inside: what lies below is gone
+            child = node[key] = _Whole() if key in node else {}
         if not isinstance(child, dict):
             raise ConfigError(f"--set {text!r}: {key!r} is a value, not a section")
         node = child

@@ -97,6 +97,6 @@ def _kind(annotation: Any) -> str:
     if section_in(annotation) is not None:
         return "list" if "tuple" in text else "sections by name" if "dict[" in text else "section"
     if "Literal" in text:
-        options = text[text.index("Literal[") + 8 : text.rindex("]")]
-        return options.replace("'", "`").replace(", ", " or ")
+        options = text.partition("Literal[")[2].partition("]")[0].replace("'", "`").replace(", ", " or ")
+        return f"list of {options}" if text.startswith("tuple[") else options
     return text.replace(" | None", "").replace("typing.", "").replace("|", "or")

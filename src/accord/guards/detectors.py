@@ -9,9 +9,10 @@ from types import MappingProxyType
 from accord.config import GuardName, GuardsConfig
 from accord.guards.tracks import Track, View
 
-__all__ = ["GUARDS", "Guard", "Reading"]
+__all__ = ["GUARDS", "JUDGES", "Guard", "Reading"]
 
 Limits = tuple[float, float]
+JUDGES = ("rollout/holdout_score/mean", "rollout/gold_utility/mean")  # not trained on
 _GOOD_ANSWERS = (
     "eval/chosen_logprob/mean",
     "eval/desirable_logprob/mean",
@@ -191,7 +192,7 @@ def _outliers(view: View, config: GuardsConfig) -> Reading | None:
 def _holdout(view: View, config: GuardsConfig) -> Reading | None:
     """The judge's fall from its best, in standard errors of the difference of two windows."""
     proxy = view.of("rollout/score/mean")
-    judge = view.of("rollout/holdout_score/mean", "rollout/gold_utility/mean")
+    judge = view.of(*JUDGES)
     if proxy is None or judge is None or judge.high is None or proxy.now <= proxy.start:
         return None
     error = judge.standard_error * 2**0.5
@@ -282,7 +283,7 @@ GUARDS: Mapping[GuardName, Guard] = MappingProxyType(
         ),
         "holdout": Guard(
             "score up, second judge down",
-            ("rollout/score/mean", "rollout/holdout_score/mean", "rollout/gold_utility/mean"), _holdout,
+            ("rollout/score/mean", *JUDGES), _holdout,
             "The reward is being gamed: keep the weights from before the fall, and mend the reward before going on.",
         ),
         "likelihood": Guard(

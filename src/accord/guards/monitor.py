@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from accord.config import GuardName, GuardsConfig
-from accord.guards.detectors import GUARDS, Guard, Reading
+from accord.guards.detectors import GUARDS, JUDGES, Guard, Reading
 from accord.guards.tracks import Track, View
 
 __all__ = ["LEVELS", "GuardMonitor", "Level", "Verdict"]
@@ -115,6 +115,13 @@ class GuardMonitor:
             for name, standing in self._standings.items()
             if LEVELS[standing.level] == "ALERT" and name in self._guards and name not in self._config.acknowledge
         }
+
+    def earliest(self, step: int) -> int:
+        """The earliest step at which an ALERT raised from `step` on may have begun: where a guard is alarmed already,
+        or where a second judge was at its best."""
+        begun = [standing.begun for standing in self._standings.values()]
+        best = [self._tracks[name].high_at for name in JUDGES if name in self._tracks]
+        return min([step, *(known for known in (*begun, *best) if known is not None)])
 
     def state(self) -> dict[str, Any]:
         """All it remembers, as JSON values."""

@@ -16,6 +16,7 @@ from accord.methods.named import check_names
 from accord.methods.plan import check_sizes
 from accord.randomness import permutation
 from accord.records import Group
+from accord.rewards.functions import load_function
 from accord.rewards.http import Client
 
 __all__ = ["check_loop", "fixed_prompts", "held_out", "left_out", "loop_table", "online_stage", "round_prompts"]
@@ -39,12 +40,15 @@ def check_loop(recipe: Recipe, corpus: Corpus, given: Collection[str] = ()) -> N
     """Raises ConfigError or DataError for what could not work in some round: now, not when the round comes. `given` are
     the keys of functions that come as Python objects."""
     config = recipe.loop
-    assert config is not None
+    if config is None:
+        raise ConfigError("`loop` is null, and `accord loop` runs it: leave null out")
     online = online_stage(recipe)
     if recipe.reward is None:
         raise ConfigError("`accord loop` refits a reward model in every round: add a `reward:` section")
     if config.labeller == "function" and config.label_function is None and "loop.label_function" not in given:
         raise ConfigError("`loop.labeller` = function needs `loop.label_function` (module:function)")
+    if config.label_function is not None and "loop.label_function" not in given:
+        load_function(config.label_function, "loop.label_function")
     if config.judge is not None:
         Client(config.judge, "loop.judge").check_address()
     section = getattr(recipe, online)

@@ -34,10 +34,10 @@ def check_names(recipe: Recipe, stages: list[str], given: Collection[str] = ()) 
 
 
 def _check_models(recipe: Recipe, stage: str, section: Any) -> None:
-    init, value_init = getattr(section, "init", None), getattr(section, "value_init", None)
-    for path in (init, None if value_init in ("reward", "policy") else value_init):
-        if path is not None:
-            _check_model(recipe, path)
+    for key in ("init", "value_init"):
+        path = getattr(section, key, None)
+        if path is not None and not (key == "value_init" and path in ("reward", "policy")):
+            _check_model(recipe, f"{stage}.{key}", path)
     for key in ("reward_model", "holdout_reward_model"):
         path = getattr(section, key, None)
         if path is not None:
@@ -87,17 +87,27 @@ def nothing_scores(stage: str) -> ConfigError:
     )
 
 
-def _check_model(recipe: Recipe, path: str) -> None:
+def _check_model(recipe: Recipe, key: str, path: str) -> None:
     """As `check_model_path`, but for a folder that an earlier stage of this run may still make."""
-    if not Path(path).absolute().is_relative_to(recipe.root.absolute()):
+    if Path(path).absolute().is_relative_to(recipe.root.absolute()):
+        return
+    try:
         check_model_path(path)
+    except ConfigError as error:
+        raise ConfigError(f"`{key}`: {error}") from error
 
 
 def _check_reward_model(recipe: Recipe, key: str, path: str) -> None:
     """As `_check_model`; and a language model's head gives logits, no score."""
-    _check_model(recipe, path)
+    _check_model(recipe, key, path)
     file = Path(path) / "config.json"
-    kinds = json.loads(file.read_bytes()).get("architectures") or [] if file.is_file() else []
+    if not file.is_file():
+        return
+    try:
+        config = json.loads(file.read_bytes())
+        kinds = [str(kind) for kind in config.get("architectures") or ()]
+    except (ValueError, RecursionError, AttributeError, TypeError) as error:
+        raise ConfigError(f"`{key}`: {file} is no model's configuration ({error})") from error
     if any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
         raise ConfigError(
             f"`{key}`: {path} holds a language model ({kinds[0]}), which gives no scores; name a reward model, such as "
@@ -111,7 +121,7 @@ def check_evaluated(recipe: Recipe, section: EvaluateConfig) -> None:
         if name == BEST_OF_N and recipe.bestofn is None:
             raise ConfigError(f"`evaluate.models` names {name!r}, which is no stage of this recipe")
         if name not in ("base", BEST_OF_N, *POLICY_STAGES):
-            _check_model(recipe, name)
+            _check_model(recipe, "evaluate.models", name)
     check_compared(section, section.models or ("base", BEST_OF_N, *POLICY_STAGES))
 
 

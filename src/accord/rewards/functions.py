@@ -16,7 +16,7 @@ __all__ = ["load_function"]
 def load_function(spec: str, key: str) -> Callable[..., Any]:
     """The function behind `module:function`, looked up on the import path and in the current folder."""
     module_name, colon, name = spec.partition(":")
-    if not colon or not module_name or not name:
+    if not colon or not name or not module_name or module_name.startswith("."):
         raise ConfigError(f"`{key}` = {spec!r}: expected module:function, for example my_rewards:score")
     # A console script starts with its own folder on the path, where `python -m` has the current one.
     if os.getcwd() not in sys.path:
@@ -29,6 +29,10 @@ def load_function(spec: str, key: str) -> Callable[..., Any]:
         raise ConfigError(
             f"`{key}` = {spec!r}: cannot import {module_name!r} ({error}); "
             "it must be installed, in the current folder, or in a folder on PYTHONPATH"
+        ) from error
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        raise ConfigError(
+            f"`{key}` = {spec!r}: importing {module_name!r} failed with {type(error).__name__}: {error}"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):

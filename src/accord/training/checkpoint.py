@@ -59,10 +59,14 @@ class Loaded:
     notes: tuple[str, ...] = ()
 
 
-def save_checkpoint(folder: Path, snapshot: Snapshot, *, keep: int = 2) -> Path:
-    """Write `snapshot` durably under `folder`, then remove all but the newest `keep` checkpoints. Returns its folder.
+def save_checkpoint(
+    folder: Path, snapshot: Snapshot, *, keep: int = 2, every: int = 1, before: int | None = None
+) -> Path:
+    """Write `snapshot` durably under `folder`, then remove older checkpoints. Returns its folder.
 
-    A run's state is a function of its step, so a step that is already saved is left as it is.
+    The newest `keep` stay, and of the multiples of `every` the newest `keep`, so that an interrupted run, which saves
+    in between, loses none that another has. So does the newest multiple before step `before`. A run's state is a
+    function of its step, so a step that is already saved is left as it is.
 
     Raises: ConfigError for keep < 2; TrainingError when there is not enough space, the disk refuses, or a value is not
         finite; TypeError for a value that JSON would change. In each case older checkpoints are untouched and nothing
@@ -81,7 +85,7 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, *, keep: int = 2) -> Path:
         state = json.dumps(snapshot.values, indent=1)
         _require_space(final, sum(t.nbytes for part in snapshot.tensors.values() for t in part.values()) + len(state))
         _commit(final, snapshot, state)
-    _remove_older(final, keep)
+    _remove_older(final, keep, every, before)
     return final
 
 
@@ -105,18 +109,14 @@ def load_latest(folder: Path) -> Loaded:
 
 
 def load_before(folder: Path, step: int, *, every: int) -> Snapshot | None:
-    """The newest good checkpoint of a step before `step` that is a multiple of `every`; if there is none, the oldest
-    good one; None without any.
+    """The newest good checkpoint of a step before `step` that is a multiple of `every`; None if there is none.
 
     Only multiples count, so that a run that was interrupted and saved in between goes back to the same step.
     """
-    good = [path for path in _committed(folder) if _damage(path) is None] if folder.is_dir() else []
-    snapshots = [_read(path) for path in good[:1]]
-    for path in good:
-        number = int(path.name.rpartition("-")[2])
-        if number < step and number % every == 0:
-            snapshots = [_read(path)]
-    return snapshots[0] if snapshots else None
+    found = _multiples(_committed(folder), every) if folder.is_dir() else []
+    good = (path for path in reversed(found) if _step(path) < step and _damage(path) is None)
+    path = next(good, None)
+    return None if path is None else _read(path)
 
 
 def _commit(final: Path, snapshot: Snapshot, state: str) -> None:
@@ -255,13 +255,21 @@ def _set_aside(path: Path) -> Path:
     return aside
 
 
-def _remove_older(newest: Path, keep: int) -> None:
-    older = [path for path in _committed(newest.parent) if _step(path) < _step(newest)]
-    for path in older[: 1 - keep]:
-        # Renamed first: a kill in the middle of the removal must not leave something that looks like a checkpoint.
-        doomed = path.with_name(TEMPORARY + path.name)
-        os.replace(path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+def _multiples(paths: list[Path], every: int) -> list[Path]:
+    return [path for path in paths if _step(path) % every == 0]
+
+
+def _remove_older(newest: Path, keep: int, every: int, before: int | None) -> None:
+    known = [path for path in _committed(newest.parent) if _step(path) <= _step(newest)]
+    multiples = _multiples(known, every)
+    earlier = [path for path in multiples if before is not None and _step(path) < before]
+    needed = {*known[-keep:], *multiples[-keep:], *earlier[-1:]}
+    for path in known:
+        if path not in needed:
+            # Renamed first: a kill in the middle of the removal must not leave something that looks like a checkpoint.
+            doomed = path.with_name(TEMPORARY + path.name)
+            os.replace(path, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _remove_leftovers(folder: Path) -> None:

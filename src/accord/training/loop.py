@@ -87,13 +87,16 @@ def run_training(trainer: Trainer, run: RunFolder, console: Console, guards: Gua
     """Run `trainer` from its newest good checkpoint, or from the start, to its last step or to one that ends it early.
 
     With `guards` every step's metrics are watched. A guard that stops the stage takes it back to a checkpoint from
-    before the alarm; nothing is saved then, because the steps since the last checkpoint lead to the same alarm again.
+    before the alarm, at the earliest to the start, which is saved too; nothing is saved then, because the steps since
+    the last checkpoint lead to the same alarm again.
 
     Raises: Terminated after saving when SIGTERM or SIGINT arrived; GuardAlert after saving when a guard pauses.
     """
     watch = Watchman(guards, run, console)
     done, early = _resume(trainer, run, console, watch)
     kept: int | None = None
+    if done == 0 and watch.may_stop:
+        _save(trainer, run, 0, None, watch)
     with (
         GracefulStop() as stop,
         StageProgress(console, trainer.stage, trainer.total_steps, done) as progress,
@@ -141,9 +144,10 @@ def _go_back(trainer: Trainer, run: RunFolder, step: int, alarm: Alarm) -> tuple
     """
     snapshot = load_before(run.checkpoints, alarm.begun - 1, every=trainer.checkpoint_every)
     if snapshot is None:
-        return step, f"{alarm.text}; there is no earlier checkpoint, so the weights are those of step {step}"
+        return step, f"{alarm.text}; no checkpoint from before it is left, so the weights are those of step {step}"
     _restore(trainer, snapshot)
-    return snapshot.step, f"{alarm.text}; the weights are those of step {snapshot.step}"
+    place = f"those of step {snapshot.step}" if snapshot.step else "those that training started from"
+    return snapshot.step, f"{alarm.text}; the weights are {place}"
 
 
 def _restore(trainer: Trainer, snapshot: Snapshot) -> None:
@@ -163,7 +167,10 @@ def _resume(trainer: Trainer, run: RunFolder, console: Console, watch: Watchman)
     _restore(trainer, snapshot)
     watch.restore(snapshot.values.get(GUARDS))
     run.truncate_after(snapshot.step)
-    console.print(f"  continuing {trainer.stage} after step {snapshot.step} of {trainer.total_steps}", highlight=False)
+    if snapshot.step:
+        console.print(
+            f"  continuing {trainer.stage} after step {snapshot.step} of {trainer.total_steps}", highlight=False
+        )
     return snapshot.step, snapshot.values.get(ENDING)
 
 
@@ -185,4 +192,7 @@ def _save(trainer: Trainer, run: RunFolder, step: int, early: str | None, watch:
     loop = {GUARDS: watch.state(), ENDING: early}
     values = captured.values | {name: value for name, value in loop.items() if value is not None}
     run.sync()
-    save_checkpoint(run.checkpoints, Snapshot(step, captured.tensors, values), keep=trainer.keep_checkpoints)
+    save_checkpoint(
+        run.checkpoints, Snapshot(step, captured.tensors, values),
+        keep=trainer.keep_checkpoints, every=trainer.checkpoint_every, before=watch.may_begin(step),
+    )  # fmt: skip

@@ -73,6 +73,18 @@ class Watchman:
         """The alarm for which the stage must end."""
         return self._alarm("stop")
 
+    @property
+    def may_stop(self) -> bool:
+        """Whether an ALERT would end the stage."""
+        return self._config is not None and self._config.on_alert == "stop"
+
+    def may_begin(self, step: int) -> int | None:
+        """The step before which weights are free of any alarm that is still to come after `step`; None where no alarm
+        goes back. What step k measures is the work of the weights after step k - 1."""
+        if self._monitor is None or not self.may_stop:
+            return None
+        return self._monitor.earliest(step + 1) - 1
+
     def state(self) -> dict[str, Any] | None:
         return None if self._monitor is None else self._monitor.state()
 
