@@ -177,6 +177,10 @@ def test_a_mapping_given_as_a_value_replaces_and_dotted_keys_are_joined(tmp_path
     assert recipe.ppo is not None and list(recipe.ppo.scorers) == ["a", "b", "c"]
     recipe = load_recipe(path, ["ppo.scorers={c: {function: 'm:h'}}", "ppo.scorers.c.weight=2"])
     assert recipe.ppo is not None and list(recipe.ppo.scorers) == ["c"] and recipe.ppo.scorers["c"].weight == 2
+    recipe = load_recipe(path, ["ppo.scorers=null", "ppo.scorers.c.function=m:h"])
+    assert recipe.ppo is not None and list(recipe.ppo.scorers) == ["c"]
+    recipe = load_recipe(path, ["ppo.scorers.a=null"])
+    assert recipe.ppo is not None and list(recipe.ppo.scorers) == ["b"]
     recipe = load_recipe(path, ["ppo.scorers={}"])
     assert recipe.ppo is not None and not recipe.ppo.scorers and recipe.ppo.value_init == "policy"
 
@@ -212,7 +216,7 @@ def test_an_override_is_read_as_yaml_with_exponents_as_numbers(text: str, keys: 
     assert type(found[1]) is type(value)
 
 
-@pytest.mark.parametrize("text", ["ppo.kl_coef", "=1", "ppo={", "seed.x=1"])
+@pytest.mark.parametrize("text", ["ppo.kl_coef", "=1", "ppo={", "seed.x=1", "ppo..kl_coef=1"])
 def test_an_override_that_cannot_be_read_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError):
         load_recipe(written(tmp_path, "seed: 1\n"), [text])
@@ -228,6 +232,7 @@ def test_a_value_cannot_be_used_as_a_section() -> None:
     [
         ("sft: {epochs: 1\n", r"recipe\.yaml:\d+: not valid YAML"),
         ("- sft\n", "expected sections .* found list"),
+        ("seed: 1\n[a, b]: 1\n", r"recipe\.yaml:2: .*\['a', 'b'\] is no key"),
         ("seed: 1\nsft: {}\nseed: 2\n", r"recipe\.yaml:3: .*'seed' stands twice"),
         ("sft:\n  epochs: 1\n  epochs: 2\n", r"recipe\.yaml:3: .*'epochs' stands twice"),
     ],

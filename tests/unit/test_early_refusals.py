@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 import accord
+from accord.cli.main import main
 from accord.config import recipe_from
 from accord.errors import CheckpointError, ConfigError, DataError
 from accord.methods.corpus import Corpus, Part
@@ -47,6 +48,7 @@ def scored(**judge: Any) -> dict[str, Any]:
         ({"dpo": {"init": "nowhere"}}, "nowhere: no such folder"),
         ({"grpo": {}}, "the grpo stage needs something that scores"),
         ({"ppo": TALK}, "`ppo.value_init` = reward, but only the environment scores"),
+        ({"rloo": {"reward_function": ".mine:score"}}, "expected module:function"),
         ({"rloo": {"reward_function": "no_such_rewards:score"}}, "`rloo.reward_function`.*cannot import 'no_such_rew"),
         ({"rloo": {"reward_function": "math:sqrt", "gold_function": "math:tau"}}, "`rloo.gold_function`.*no function"),
         ({"grpo": TALK | {"environment": "accord.tasks:Nobody"}}, "`grpo.environment`.*has no function 'Nobody'"),
@@ -71,6 +73,40 @@ def test_a_language_model_is_no_reward_model(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"`grpo\S*`: policy holds a language model \(LlamaForCausalLM\)"):
         check_names(recipe(grpo=section), ["grpo"])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [("{bad", "Expecting property name"), ("[1]", "no attribute 'get'"), ('{"architectures": 1}', "int")],
+)
+def test_a_folder_with_a_broken_configuration_is_no_reward_model(content: str, reason: str, tmp_path: Path) -> None:
+    folder = saved_model(tmp_path / "judge", pairs(), seed=0)
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=rf"`grpo.reward_model`: .*is no model's configuration .*{reason}"):
+        check_names(recipe(grpo={"reward_model": str(folder)}), ["grpo"])
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("import sys; sys.exit(0)", "failed with SystemExit: 0"),
+        ("def f(:", "failed with SyntaxError"),
+        ("raise RuntimeError('no licence')", "failed with RuntimeError: no licence"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_named(
+    source: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"rewards_{abs(hash(source))}"
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=rf"`grpo.reward_function` = '{name}:f'.*{reason}"):
+        check_names(recipe(grpo={"reward_function": f"{name}:f"}), ["grpo"])
+
+
+def test_a_section_taken_back_is_nothing_to_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ppo", "--set", "ppo=null"]) == 2
+    assert "`ppo` is null" in capsys.readouterr().err
 
 
 def test_adapter_targets_that_are_no_layers_are_refused_before_a_model_is_loaded() -> None:

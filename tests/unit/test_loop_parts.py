@@ -223,6 +223,11 @@ GOOD: dict[str, Any] = {
         ({"ppo": PPO | {"reward_function": "a:b", "value_init": "policy"}}, "`ppo.reward_function` is set"),
         ({"ppo": PPO | {"scorers": {"x": {"function": "a:b"}}, "value_init": "policy"}}, "none of `ppo.scorers` is"),
         ({"loop": {"labeller": "function"}}, "needs `loop.label_function`"),
+        (
+            {"loop": {"labeller": "function", "label_function": "math:no"}},
+            "`loop.label_function`.*has no function 'no'",
+        ),
+        ({"loop": None}, "`loop` is null"),
         ({"loop": {"comparisons": 41, "holdout_pairs": 5}}, "there are only 40 distinct prompts"),
         ({"loop": {"comparisons": 20, "holdout_pairs": 30}}, r"prompts are held out: lower it, raise `data.holdout`"),
         ({"loop": {"comparisons": 20, "holdout_pairs": 5}, "reward": {"init": "nope"}}, "nope: no such folder"),
