@@ -225,7 +225,7 @@ GOOD: dict[str, Any] = {
         ({"loop": {"labeller": "function"}}, "needs `loop.label_function`"),
         (
             {"loop": {"labeller": "function", "label_function": "math:no"}},
-            "`loop.label_function`.*has no function 'no'",
+            "`loop.label_function`.*no function 'no'",
         ),
         ({"loop": None}, "`loop` is null"),
         ({"loop": {"comparisons": 41, "holdout_pairs": 5}}, "there are only 40 distinct prompts"),
