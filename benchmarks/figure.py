@@ -13,7 +13,7 @@ from accord.report.svg import Series, xy_chart
 
 __all__ = ["Panel", "write_figure"]
 
-WIDTH, HEIGHT, TOP, MARGIN = 480, 288, 56, 24
+WIDTH, HEIGHT, TOP, MARGIN, LINE = 480, 288, 56, 24, 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +30,14 @@ def write_figure(path: Path, panels: Sequence[Panel], *, columns: int = 2) -> No
     """Write the panels side by side, `columns` in a row, each with its own legend. Colours follow light and dark."""
     rows = -(-len(panels) // columns)
     width = columns * (WIDTH + MARGIN) + MARGIN
-    height = rows * (HEIGHT + TOP + MARGIN) + MARGIN
+    top = TOP + LINE * max(len(_lines(panel.series)) - 1 for panel in panels)
+    height = rows * (HEIGHT + top + MARGIN) + MARGIN
     drawn = []
     for index, panel in enumerate(panels):
         x = MARGIN + (index % columns) * (WIDTH + MARGIN)
-        y = MARGIN + (index // columns) * (HEIGHT + TOP + MARGIN)
+        y = MARGIN + (index // columns) * (HEIGHT + top + MARGIN)
         chart = xy_chart(panel.series, title=panel.title, x_label=panel.x_label, y_label=panel.y_label)
-        placed = Html(chart.replace("<svg ", f'<svg x="{x}" y="{y + TOP}" width="{WIDTH}" height="{HEIGHT}" ', 1))
+        placed = Html(chart.replace("<svg ", f'<svg x="{x}" y="{y + top}" width="{WIDTH}" height="{HEIGHT}" ', 1))
         drawn += [
             element("text", panel.title, x=x, y=y + 14, class_="strong"),
             _legend(panel.series, x, y + 36),
@@ -55,11 +56,26 @@ def write_figure(path: Path, panels: Sequence[Panel], *, columns: int = 2) -> No
     write_text(path, figure)
 
 
-def _legend(series: Sequence[Series], x: float, y: float) -> Html:
-    entries: list[Html] = []
+def _lines(series: Sequence[Series]) -> list[list[tuple[float, Series]]]:
+    """The legend's entries, each with its place, in as many lines as the width of a panel asks for."""
+    lines: list[list[tuple[float, Series]]] = [[]]
+    x = 0.0
     for item in series:
+        length = 30 + 7.2 * len(item.label) + 16
+        if item.label and lines[-1] and x + length > WIDTH:
+            lines.append([])
+            x = 0.0
         if item.label:
-            entries.append(element("path", d=f"M{x} {y - 4}h24", class_=f"line c{item.colour}"))
-            entries.append(element("text", item.label, x=x + 30, y=y))
-            x += 30 + 7.2 * len(item.label) + 16
+            lines[-1].append((x, item))
+            x += length
+    return lines
+
+
+def _legend(series: Sequence[Series], left: float, top: float) -> Html:
+    entries: list[Html] = []
+    for number, line in enumerate(_lines(series)):
+        y = top + LINE * number
+        for x, item in line:
+            entries.append(element("path", d=f"M{left + x} {y - 4}h24", class_=f"line c{item.colour}"))
+            entries.append(element("text", item.label, x=left + x + 30, y=y))
     return element("g", *entries)
