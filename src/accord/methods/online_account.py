@@ -29,7 +29,7 @@ def online_summary(
 ) -> dict[str, Any]:
     rows = read_run(run.path).metrics
     # What a step measures is the work of the weights after the step before it.
-    kept = {name: [point for point in points if point[0] <= ended.weights + 1] for name, points in rows.items()}
+    kept = {name: tuple(p for p in points if p[0] <= ended.weights + 1) for name, points in rows.items()}
     first, last = _end_mean(kept, -1), _end_mean(kept, 1)
     kl = last["rollout/kl_per_sequence_nats"]
     did, pieces = ("wrote", "answers") if section.environment is None else ("had", "conversations")
