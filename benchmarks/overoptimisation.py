@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from accord.atomic import write_json, write_text
 from accord.measures.selection import best_of_n_kl_bound, best_of_n_values
-from accord.report.svg import Series
+from accord.report.svg import Draw, Series
 from benchmarks.figure import Panel, write_figure
 from benchmarks.jobs import run_jobs
 from benchmarks.scaling import Fit, fit, gain_at, resampled_fits
@@ -243,7 +243,7 @@ def _best_of_n(out: Path, scale: Scale, seed: str) -> None:
     prompts = _tokens(policy, groups)
     sampling = Sampling(quickstart.MAX_NEW_TOKENS, stop_ids=policy.template.stop_ids)
     drawing = Drawing(NativeSampler(policy.model, pad_id=policy.pad_id), policy.template, gold, None)
-    drawn = draw(drawing, prompts, scale.n, sampling, BestOfNConfig(), ("bestofn", int(seed)))
+    drawn = draw(drawing, prompts, scale.n, sampling, BestOfNConfig.model_validate({}), ("bestofn", int(seed)))
     judged = {"gold": drawn.scores}
     flat = [request for row in drawn.requests for request in row]
     for size in SIZES:
@@ -253,7 +253,7 @@ def _best_of_n(out: Path, scale: Scale, seed: str) -> None:
             scorer = model_scorer(context, model, tokenizer, 8192, folder)
             judged[f"{size}-{amount}"] = np.array(values_of(scorer, flat)).reshape(drawn.scores.shape)
     partial = path.with_name("partial.npz")
-    np.savez(partial, **judged)
+    np.savez(partial, allow_pickle=False, **judged)
     partial.replace(path)
 
 
@@ -422,10 +422,11 @@ def _panels(out: Path, scale: Scale, seeds: Sequence[int]) -> list[Panel]:
         short = [name.removeprefix("ensemble, ") for name in names]
         panels.append(_panel(f"PPO, plain and with {title}", ["plain", *short], [plain, *runs], lines=False))
     chosen = _best_of_n_run(*_best_of_n_curves(out, seeds, f"{size}-{amount}"))
-    for method, run, draw in (("Best of n", chosen, "line"), ("PPO", plain, "points")):
+    shown: list[tuple[str, Run, Draw]] = [("Best of n", chosen, "line"), ("PPO", plain, "points")]
+    for method, run, how in shown:
         kinds = (("gold", run.gold), ("proxy (the reward model)", run.proxy))
         series = tuple(
-            Series(name, tuple(run.distances), tuple(gains), colour=colour, draw=draw)
+            Series(name, tuple(run.distances), tuple(gains), colour=colour, draw=how)
             for colour, (name, gains) in enumerate(kinds)
         )
         panels.append(Panel(f"{method}: what was wanted, and what was optimised", series, DISTANCE, "gain over SFT"))

@@ -126,9 +126,9 @@ def test_a_guard_without_its_metrics_says_nothing() -> None:
 
 def test_one_odd_evaluation_changes_nothing_and_a_level_must_last_to_be_left() -> None:
     spike = {"rollout/ceiling_fraction": lambda step: 1.0 if step == 8 else 0.1}
-    assert alerted(watched(spike, window=1, fixed_window=1, patience=2)) == set()
+    assert alerted(watched(spike, window=1, patience=2)) == set()
     pulse = {"rollout/ceiling_fraction": lambda step: 1.0 if 8 <= step < 13 and step != 10 else 0.1}
-    told = [(v.step, v.was, v.level) for v in watched(pulse, window=1, fixed_window=1, patience=2)]
+    told = [(v.step, v.was, v.level) for v in watched(pulse, window=1, patience=2)]
     assert told == [(3, None, "OK"), (9, "OK", "ALERT"), (14, "ALERT", "OK")]
 
 
@@ -152,13 +152,13 @@ def test_a_guard_that_is_alarmed_from_its_first_reading_on_needs_as_many_as_any_
 
 def test_a_level_rises_only_as_far_as_the_readings_agree() -> None:
     steps = {"rollout/ceiling_fraction": lambda step: {8: 0.7, 9: 0.9, 10: 0.9}.get(step, 0.1)}
-    told = [(v.step, v.level) for v in watched(steps, range(1, 11), window=1, fixed_window=1, patience=2)]
+    told = [(v.step, v.level) for v in watched(steps, range(1, 11), window=1, patience=2)]
     assert told == [(3, "OK"), (9, "WARN"), (10, "ALERT")]
 
 
 def test_held_out_metrics_are_counted_where_they_were_measured() -> None:
     """Three training steps between evaluations: the guard is asked at evaluations, so that patience counts those."""
-    monitor = GuardMonitor(config(patience=2, window=1, fixed_window=1, baseline=1))
+    monitor = GuardMonitor(config(patience=2, fixed_window=1, baseline=1))
     asked = []
     for step in range(1, 16):
         row = {"train/loss": 1.0 / step} | ({"eval/loss": 1.0 + 0.1 * step} if step % 3 == 0 else {})

@@ -149,9 +149,10 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     """Two nested mappings as one; where both have a value, that of `above` stands."""
     result = dict(below)
     for key, value in above.items():
-        old, whole = result.get(key), isinstance(value, _Whole)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        result[key] = merged(old, value) if both and not whole else value
+        old = result.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and not isinstance(value, _Whole):
+            value = merged(old, value)
+        result[key] = value
     return result
 
 

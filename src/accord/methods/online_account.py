@@ -58,7 +58,21 @@ def online_summary(
             f"The true utility, which training never saw, went from {first['rollout/gold_utility/mean']:+.2f} to "
             f"{last['rollout/gold_utility/mean']:+.2f}."
         )
-    warnings = []
+    names = [
+        "rollout/score/mean",
+        "rollout/kl_per_sequence_nats",
+        "rollout/completion_tokens/mean",
+        "rollout/entropy_nats",
+    ]
+    return {
+        "headline": [headline(name, last[name]) for name in names],
+        "account": account,
+        "warnings": _warnings(rows, trainer, section),
+    }
+
+
+def _warnings(rows: Mapping[str, Points], trainer: Online, section: RolloutFields) -> list[str]:
+    warnings: list[str] = []
     failed, left_out = (_total(rows, f"rollout/{name}") for name in ("failed_scores", "left_out_prompts"))
     if failed:
         warnings.append(
@@ -81,13 +95,7 @@ def online_summary(
             f"Before any update of a rollout the probability ratio was off 1 by up to {trainer.drift:.1e}, expected at "
             f"most {RATIO_TOLERANCE:.0e}. {advice}"
         )
-    names = [
-        "rollout/score/mean",
-        "rollout/kl_per_sequence_nats",
-        "rollout/completion_tokens/mean",
-        "rollout/entropy_nats",
-    ]
-    return {"headline": [headline(name, last[name]) for name in names], "account": account, "warnings": warnings}
+    return warnings
 
 
 def _end_mean(metrics: Mapping[str, Points], end: Literal[-1, 1]) -> dict[str, float]:
