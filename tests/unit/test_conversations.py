@@ -285,6 +285,7 @@ class Wrong(Scripted):
         (lambda m: Turn((Message("banana", "me"),)), "the role 'banana', expected one of system, user"),
         (lambda m: Turn(reward=math.nan), "the reward nan"),
         (lambda m: Turn(reward=1e39), "the reward 1e+39"),
+        (lambda m: Turn(reward="good"), "the reward 'good'"),  # type: ignore[arg-type]
     ],
 )
 def test_an_environment_that_fails_leaves_a_named_error(reply: Callable[..., Any], said: str) -> None:

@@ -150,6 +150,29 @@ def test_a_guard_that_is_alarmed_from_its_first_reading_on_needs_as_many_as_any_
     assert told == [(3, "OK"), (5, "ALERT")]
 
 
+def test_a_guard_that_is_alarmed_from_its_first_reading_on_suspects_all_that_the_reading_sums_up() -> None:
+    late = {"rollout/kl_per_sequence_nats": lambda step: 60.0 if step > 1 else 0.0}
+    (verdict,) = (v for v in watched(late, window=4, baseline=1, patience=2) if v.level == "ALERT")
+    assert (verdict.step, verdict.begun) == (5, 1)
+    monitor = GuardMonitor(config(window=4, baseline=1))
+    assert [monitor.observe(step, {"rollout/kl_per_sequence_nats": 60.0}) for step in (1, 2)] == [[], []]
+    assert monitor.earliest(2) == 1  # so that the checkpoint from before it is kept
+
+
+@pytest.mark.parametrize(
+    ("key", "limits", "expected"),
+    [
+        ("kl_nats", [20, 10], "the second above the first"),
+        ("kl_nats", [-2, -1], "both above 0"),
+        ("holdout_drop", [1, 1], "the second above the first"),
+        ("length_ratio", [0.1, 1.4], "neither limit may be below it"),
+    ],
+)
+def test_limits_that_would_switch_a_guard_off_are_refused(key: str, limits: list[float], expected: str) -> None:
+    with pytest.raises(ConfigError, match=rf"guards\.{key}.*{expected}"):
+        recipe_from({"guards": {key: limits}})
+
+
 def test_a_level_rises_only_as_far_as_the_readings_agree() -> None:
     steps = {"rollout/ceiling_fraction": lambda step: {8: 0.7, 9: 0.9, 10: 0.9}.get(step, 0.1)}
     told = [(v.step, v.level) for v in watched(steps, range(1, 11), window=1, patience=2)]

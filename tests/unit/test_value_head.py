@@ -132,6 +132,10 @@ def test_what_is_no_such_checkpoint_is_named(tmp_path: Path) -> None:
     save_file(head(**{"v_head.summary.weight": torch.zeros(1, 8)}), plain / "value_head.safetensors")
     with pytest.raises(ConfigError, match=re.escape("has shape (1, 8)")):
         import_value_head(plain, tmp_path / "out")
+    for weight in (torch.full((1, 16), float("nan")), torch.zeros(1, 16, dtype=torch.int64)):
+        save_file({"v_head.summary.weight": weight}, plain / "value_head.safetensors")
+        with pytest.raises(ConfigError, match=r"no finite numbers \(torch\.\w+\): a value model that diverged"):
+            import_value_head(plain, tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/kept").touch()
     with pytest.raises(ConfigError, match="exists already and nothing is replaced"):

@@ -282,6 +282,8 @@ def _ppo(ppo: PPOConfig) -> list[str]:
         problems.append("`ppo.kl_controller` = adaptive multiplies `ppo.kl_coef`, which is 0 and would stay 0")
     if ppo.kl_controller == "fixed" and ppo.target_kl is not None:
         problems.append("`ppo.target_kl` is read only by `ppo.kl_controller` = adaptive, and it is fixed")
+    if ppo.kl_controller == "fixed" and ppo.kl_horizon != PPOConfig.model_fields["kl_horizon"].default:
+        problems.append("`ppo.kl_horizon` is read only by `ppo.kl_controller` = adaptive, and it is fixed")
     if ppo.kl_budget is not None and ppo.target_kl is not None and ppo.target_kl >= ppo.kl_budget:
         problems.append(
             f"`ppo.target_kl` = {ppo.target_kl:g} steers towards a KL that `ppo.kl_budget` = {ppo.kl_budget:g} ends "

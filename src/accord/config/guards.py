@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from accord.config.sections import Section
 
@@ -27,6 +27,22 @@ GuardName = Literal[
 ]
 
 
+def _limits(limits: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < limits[0] < limits[1]:
+        raise ValueError("expected WARN's limit and then ALERT's, the second above the first and both above 0")
+    return limits
+
+
+def _ratios(limits: tuple[float, float]) -> tuple[float, float]:
+    if limits[0] < 1:
+        raise ValueError("expected ratios to the beginning, which is 1: neither limit may be below it")
+    return limits
+
+
+Limits = Annotated[tuple[float, float], AfterValidator(_limits)]
+Ratios = Annotated[Limits, AfterValidator(_ratios)]
+
+
 class GuardsConfig(Section):
     """Alarms over what a stage logs: each guard says OK, WARN or ALERT. Of two numbers the first is WARN's limit."""
 
@@ -47,45 +63,41 @@ class GuardsConfig(Section):
         3, ge=1, description="The same for what is measured on fixed data, in training and in evaluations."
     )
     patience: int = Field(2, ge=1, description="Evaluations in a row before a guard changes its level.")
-    kl_nats: tuple[float, float] = Field((10.0, 20.0), description="WARN and ALERT above this KL per answer, in nats.")
-    length_ratio: tuple[float, float] = Field(
-        (1.2, 1.4), description="Answers this many times longer than at the beginning."
-    )
-    shorter_ratio: tuple[float, float] = Field(
-        (1.6, 2.0), description="Answers this many times shorter than at the beginning."
-    )
-    word_rise: tuple[float, float] = Field(
+    kl_nats: Limits = Field((10.0, 20.0), description="WARN and ALERT above this KL per answer, in nats.")
+    length_ratio: Ratios = Field((1.2, 1.4), description="Answers this many times longer than at the beginning.")
+    shorter_ratio: Ratios = Field((1.6, 2.0), description="Answers this many times shorter than at the beginning.")
+    word_rise: Limits = Field(
         (0.7, 0.9), description="A word in this much larger a share of the answers than before training."
     )
-    repetition_rise: tuple[float, float] = Field(
+    repetition_rise: Limits = Field(
         (0.04, 0.08),
         description="Rise of the share of repeated 3-grams in an answer; of truncated answers, three times as much.",
     )
-    diversity_loss: tuple[float, float] = Field(
+    diversity_loss: Limits = Field(
         (0.55, 0.65),
         description="Share of the variety lost: distinct 2-grams, and how little a prompt's samples agree.",
     )
-    entropy_loss: tuple[float, float] = Field((0.75, 0.85), description="Share of the policy's entropy lost.")
-    duplicate_rise: tuple[float, float] = Field(
+    entropy_loss: Limits = Field((0.75, 0.85), description="Share of the policy's entropy lost.")
+    duplicate_rise: Limits = Field(
         (0.25, 0.45), description="Rise of the share of answers that another prompt got too, word for word."
     )
-    ceiling: tuple[float, float] = Field((0.6, 0.8), description="Share of the scores at the highest one, or clipped.")
-    disagreement_ratio: tuple[float, float] = Field(
+    ceiling: Limits = Field((0.6, 0.8), description="Share of the scores at the highest one, or clipped.")
+    disagreement_ratio: Ratios = Field(
         (1.5, 2.0), description="Spread of the reward ensemble, this many times that of the beginning."
     )
-    outlier_rise: tuple[float, float] = Field(
+    outlier_rise: Limits = Field(
         (0.4, 0.6),
         description="Rise of the share of answers that the reward model sees as unlike those before training.",
     )
-    holdout_drop: tuple[float, float] = Field(
+    holdout_drop: Limits = Field(
         (1.0, 2.0),
         description="Standard errors by which a judge that is not trained on has fallen from its best, "
         "while the score has risen.",
     )
-    likelihood_loss: tuple[float, float] = Field(
+    likelihood_loss: Limits = Field(
         (0.25, 0.5), description="Share of their log-probability at the beginning that good answers have lost."
     )
-    overfit: tuple[float, float] = Field(
+    overfit: Limits = Field(
         (0.05, 0.15),
         description="Rise of the held-out loss above its lowest, as a share of it, while the training loss falls.",
     )

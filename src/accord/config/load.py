@@ -76,7 +76,7 @@ def recipe_from(tree: Mapping[str, Any], *, source: str = "config") -> Recipe:
     try:
         recipe = Recipe.model_validate(_without_unset(tree, Recipe))
     except ValidationError as error:
-        raise ConfigError(_explain(error, source)) from None
+        raise ConfigError(_explain(error, source, tree)) from None
     problems = contradictions(recipe)
     if problems:
         raise ConfigError("\n".join(problems))
@@ -172,12 +172,12 @@ def _assign(tree: dict[str, Any], keys: tuple[str, ...], value: Any, text: str) 
     node[keys[-1]] = _Whole(value) if isinstance(value, dict) else value
 
 
-def _explain(error: ValidationError, source: str) -> str:
+def _explain(error: ValidationError, source: str, tree: Mapping[str, Any]) -> str:
     lines: list[str] = []
     for item in error.errors():
         if item["type"] == "extra_forbidden":
             lines += [
-                f"unknown key `{'.'.join(map(str, loc))}`{_suggestion(loc)}"
+                f"unknown key `{'.'.join(map(str, loc))}`{_suggestion(loc, tree)}"
                 for loc in _leaves(item["loc"], item["input"])
             ]
         else:
@@ -206,7 +206,9 @@ def _foreign(loc: tuple[int | str, ...]) -> bool:
     return path in RENAMED or path in ABSENT
 
 
-def _suggestion(loc: tuple[int | str, ...]) -> str:
+def _suggestion(loc: tuple[int | str, ...], tree: Mapping[str, Any]) -> str:
+    """Ours for a name; of sections that both have it, one that the recipe has. Dashes are from a command line."""
+    loc = tuple(part if isinstance(part, int) else part.lstrip("-") for part in loc)
     path, name = ".".join(map(str, loc)), str(loc[-1])
     if path in ABSENT or (name in ABSENT and path not in RENAMED):
         return f"; {ABSENT.get(path) or ABSENT[name]}"
@@ -223,7 +225,7 @@ def _suggestion(loc: tuple[int | str, ...]) -> str:
     near = difflib.get_close_matches(name, fields, n=1, cutoff=0.6)
     if near:
         return f"; did you mean `{prefix}{near[0]}`?"
-    for top, field in Recipe.model_fields.items():
+    for top, field in sorted(Recipe.model_fields.items(), key=lambda item: item[0] not in tree):
         inner = section_in(field.annotation)
         if inner is not None and (name in inner.model_fields or ours in inner.model_fields):
             return f"; did you mean `{top}.{name if name in inner.model_fields else ours}`?"

@@ -41,18 +41,20 @@ class _Standing:
 
     asked  the levels that the latest readings asked for, at most `patience`
     begun  when what is above OK began: at the first such reading since the guard was at rest, if the reading does not
-           know better; None = it is at rest
+           know better. Of a guard's very first reading, which sums up all steps before it, no step is above suspicion.
+           None = it is at rest
     """
 
     level: int = 0
     asked: list[int] = field(default_factory=list)
     begun: int | None = None
 
-    def take(self, step: int, reading: Reading, patience: int) -> bool:
-        """Take in a reading; True if the level changed. It moves only as far as `patience` readings in a row agree."""
+    def take(self, since: int, reading: Reading, patience: int) -> bool:
+        """Take in a reading of what happened from step `since` on; True if the level changed. It moves only as far as
+        `patience` readings in a row agree."""
         asked = min(2, int(reading.alarm))
         if asked and (self.begun is None or reading.begun is not None):
-            self.begun = step if reading.begun is None else reading.begun
+            self.begun = since if reading.begun is None else reading.begun
         if not asked and not self.level:
             self.begun = None
         self.asked = [*self.asked, asked][-patience:]
@@ -98,12 +100,18 @@ class GuardMonitor:
             if reading is None:
                 continue
             was = LEVELS[self._standings[name].level] if name in self._standings else None
+            since = step if name in self._standings else self._first(guard)
             standing = self._standings.setdefault(name, _Standing())
-            if standing.take(step, reading, config.patience) or was is None:
+            if standing.take(since, reading, config.patience) or was is None:
                 level, begun = LEVELS[standing.level], standing.begun or step
                 advice = guard.advice if standing.level else ""
                 verdicts.append(Verdict(step, name, level, was, begun, round(reading.alarm, 3), reading.seen, advice))
         return verdicts
+
+    def _first(self, guard: Guard) -> int:
+        """The first step at which any of its metrics was logged."""
+        steps = [self._tracks[metric].first_at for metric in guard.watches if metric in self._tracks]
+        return min(step for step in steps if step is not None)
 
     def _window(self, metric: str) -> int:
         return self._config.window if metric.startswith("rollout/") else self._config.fixed_window
@@ -118,8 +126,13 @@ class GuardMonitor:
 
     def earliest(self, step: int) -> int:
         """The earliest step at which an ALERT raised from `step` on may have begun: where a guard is alarmed already,
-        or where a second judge was at its best."""
+        where one has not spoken yet, or where a second judge was at its best."""
         begun = [standing.begun for standing in self._standings.values()]
+        begun += [
+            self._first(guard)
+            for name, guard in self._guards.items()
+            if name not in self._standings and not self._tracks.keys().isdisjoint(guard.watches)
+        ]
         best = [self._tracks[name].high_at for name in JUDGES if name in self._tracks]
         return min([step, *(known for known in (*begun, *best) if known is not None)])
 

@@ -20,6 +20,7 @@ class Track:
     jumps    sum of squared differences between neighbouring values
     high, low  extremes of the mean over a full window
     high_at    the step at which the highest mean was reached
+    first_at   the step of its first value
     """
 
     first: list[float] = field(default_factory=list)
@@ -29,11 +30,14 @@ class Track:
     high: float | None = None
     low: float | None = None
     high_at: int | None = None
+    first_at: int | None = None
 
     def add(self, step: int, value: float, *, baseline: int, window: int) -> None:
         if self.recent:
             self.jumps += (value - self.recent[-1]) ** 2
         self.count += 1
+        if self.first_at is None:
+            self.first_at = step
         if len(self.first) < baseline:
             self.first.append(value)
         self.recent = [*self.recent, value][-window:]

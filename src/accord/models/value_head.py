@@ -64,6 +64,11 @@ def import_value_head(folder: Path, out: Path) -> ImportedModels:
             f"{folder}: the value head {_WEIGHT} has shape {tuple(weight.shape)}, and the hidden states of "
             f"{type(policy).__name__} ask for {tuple(head.weight.shape)}: the head belongs to another model"
         )
+    if not all(tensor.is_floating_point() and bool(tensor.isfinite().all()) for tensor in (weight, bias)):
+        raise ConfigError(
+            f"{folder}: the value head {_WEIGHT} holds what are no finite numbers ({weight.dtype}): a value model that "
+            "diverged, or a damaged file; let `ppo.value_init` start from the reward model or the policy"
+        )
     with torch.no_grad():
         head.weight.copy_(weight)
         head.bias = nn.Parameter(bias.float())

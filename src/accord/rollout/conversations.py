@@ -10,6 +10,7 @@ import traceback
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Literal
 
 import numpy as np
@@ -197,8 +198,8 @@ class _Talk:
         _require_messages(reply.messages, "step")
         if any(message.role == "assistant" for message in reply.messages):
             raise ValueError("step speaks as the assistant, whose turns are the policy's")
-        if not abs(reply.reward) <= LARGEST_SCORE:  # NaN neither
-            raise ValueError(f"step returned the reward {reply.reward}, expected a number within +-{LARGEST_SCORE:g}")
+        if not (isinstance(reply.reward, Real) and abs(reply.reward) <= LARGEST_SCORE):  # NaN neither
+            raise ValueError(f"step returned the reward {reply.reward!r}, expected a number within +-{LARGEST_SCORE:g}")
         return reply
 
     def _add(self, ids: Sequence[int], own: bool, logprobs: Sequence[float]) -> None:
