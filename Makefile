@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TOOLS := $(VENV)/.tools
 
-.PHONY: install quickstart test differential mutants check format docs clean
+.PHONY: install quickstart test differential bench mutants check format docs clean
 
 install: $(INSTALLED)
 
@@ -32,6 +32,11 @@ test: $(TOOLS)
 differential: $(TOOLS)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m pytest tests/differential
+
+# Speed and memory against TRL at the same work; WORK=dpo for some of it.
+bench: $(TOOLS)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks.speed --work "$(WORK)"
 
 mutants: $(TOOLS)
 	$(BIN)/python scripts/mutants.py

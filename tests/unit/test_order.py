@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accord.data.order import batch_indices, epochs_done, micro_batches, num_steps
+from accord.data.order import PASS_TOKENS, batch_indices, epochs_done, micro_batches, num_steps
 
 few = settings(max_examples=50, derandomize=True, deadline=None)
 
@@ -86,3 +86,28 @@ def test_a_budget_for_everything_makes_one_pass(lengths: list[int]) -> None:
 def test_items_of_one_length_keep_their_order_and_fill_passes_to_the_budget() -> None:
     passes = micro_batches(list("abcdefg"), lambda _: 5, lambda _: 2, 30)
     assert passes == [["a", "b", "c"], ["d", "e", "f"], ["g"]]
+
+
+@few
+@given(st.lists(st.tuples(st.integers(1, 400), st.integers(1, 3)), min_size=1, max_size=8), st.integers(200, 1200))
+def test_no_other_cut_of_the_sorted_items_runs_fewer_tokens(items: list[tuple[int, int]], budget: int) -> None:
+    """Against all 2^(n - 1) ways to cut: the cost is rows times longest row of each pass, and a constant a pass."""
+
+    def cost(passes: list[list[tuple[int, int]]]) -> float:
+        costs = []
+        for part in passes:
+            tokens = sum(rows for _, rows in part) * max(length for length, _ in part)
+            costs.append(tokens + PASS_TOKENS if tokens <= budget or len(part) == 1 else float("inf"))
+        return sum(costs)
+
+    ordered = sorted(items, reverse=True, key=lambda item: item[0])
+    ways = []
+    for cuts in range(2 ** (len(ordered) - 1)):
+        passes: list[list[tuple[int, int]]] = [[ordered[0]]]
+        for place, item in enumerate(ordered[1:]):
+            if cuts >> place & 1:
+                passes.append([item])
+            else:
+                passes[-1].append(item)
+        ways.append(cost(passes))
+    assert cost(micro_batches(items, lambda i: i[0], lambda i: i[1], budget)) == min(ways)

@@ -15,6 +15,8 @@ __all__ = ["batch_indices", "epochs_done", "micro_batches", "num_steps"]
 
 T = TypeVar("T")
 
+PASS_TOKENS = 128  # what a forward pass costs besides its tokens, in tokens
+
 
 def num_steps(num_items: int, batch_size: int, epochs: int, max_steps: int | None) -> int:
     """Optimiser steps in `epochs` passes; the last batch of an epoch may be smaller, so that every item is seen."""
@@ -41,18 +43,31 @@ def micro_batches(
 ) -> list[list[T]]:
     """Cut one step's items into forward passes of at most `budget` tokens, padding included.
 
-    length  longest row an item makes; rows  how many rows it makes. Items are sorted by length, so rows of a pass are
-    of similar length and little is padded. An item larger than the budget makes a pass of its own.
+    length  longest row an item makes; rows  how many rows it makes. Items are sorted from long to short, and cut where
+
+        sum over passes of (rows * longest row + PASS_TOKENS)
+
+    is least: where lengths differ much, more passes run fewer tokens. An item larger than the budget makes a pass of
+    its own.
     """
     ordered = sorted(range(len(items)), key=lambda i: (-length(items[i]), i))
+    lengths, counts = [length(items[i]) for i in ordered], [rows(items[i]) for i in ordered]
+    least, last_cut = [0], [0]  # of the first k items: their cost, and where their last pass begins
+    for end in range(1, len(ordered) + 1):
+        best, cut, used = 0, end, 0
+        for start in range(end - 1, -1, -1):
+            used += counts[start]
+            tokens = used * lengths[start]
+            if tokens > budget and start < end - 1:
+                break
+            cost = least[start] + tokens + PASS_TOKENS
+            if cut == end or cost < best:
+                best, cut = cost, start
+        least.append(best)
+        last_cut.append(cut)
     passes: list[list[T]] = []
-    width = used_rows = 0
-    for index in ordered:
-        item = items[index]
-        if passes and (used_rows + rows(item)) * width <= budget:
-            passes[-1].append(item)
-            used_rows += rows(item)
-        else:
-            passes.append([item])
-            width, used_rows = length(item), rows(item)
-    return passes
+    end = len(ordered)
+    while end:
+        passes.append([items[i] for i in ordered[last_cut[end] : end]])
+        end = last_cut[end]
+    return passes[::-1]

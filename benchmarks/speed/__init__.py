@@ -1,0 +1,1 @@
+"""Accord against its peers at the same work: the same weights, the same batches, the same updates."""

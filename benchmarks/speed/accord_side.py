@@ -1,0 +1,96 @@
+"""One run of a work by Accord: the trainer of its stages, from tokens to updated weights."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import accord
+from accord.config import DPOConfig, ORPOConfig, RewardConfig, SFTConfig
+from accord.data.order import batch_indices
+from accord.methods.context import SHARING_PAYS
+from accord.methods.offline import OfflineTrainer
+from accord.methods.preference import Pair, RankedAnswers, dpo_objective, orpo_objective
+from accord.methods.reference import reference_logprobs
+from accord.methods.reward import Comparison, RewardObjective
+from accord.methods.sft import SFTObjective
+from accord.models.layout import Layout, layout_cost
+from accord.models.load import load_policy, load_reward_model
+from accord.models.self_check import check_layouts
+from accord.records import TokenGroup
+from accord.training.environment import peak_memory_mb
+from benchmarks.speed.work import BETA, OPTIMISER, PAD, UPDATES, Timing, Work, groups_of
+
+__all__ = ["run"]
+
+
+def run(work: Work, folder: Path) -> Timing:
+    steps = groups_of(work)
+    groups = [group for step in steps for group in step]
+    model, _ = load_reward_model(folder / "reward") if work.kind == "reward" else load_policy(folder / "policy")
+    at_rest, started = peak_memory_mb(), time.perf_counter()
+    layout = _layout(model, folder, work, groups)
+    settings: dict[str, Any] = {
+        **OPTIMISER, "schedule": "constant", "warmup_fraction": 0.0, "batch_size": work.batch, "eval_every": 1000,
+    }  # fmt: skip
+    section, objective, items = _method(work, model, groups, layout, settings)
+    trainer = OfflineTrainer(
+        work.kind, model, _in_order(items, work.batch, work.kind), section, section, objective,
+        layout=layout, pad_id=PAD, seed=0, evaluate=dict,
+    )  # fmt: skip
+    once = time.perf_counter() - started
+    seconds, losses = [], []
+    for step in range(1, UPDATES + 1):
+        before = time.perf_counter()
+        losses.append(trainer.step(step).metrics["train/loss"])
+        seconds.append(time.perf_counter() - before)
+    return Timing(once, seconds, losses, at_rest, peak_memory_mb(), accord.__version__)
+
+
+def _in_order(items: list[Any], batch: int, stage: str) -> list[Any]:
+    """Items so placed that the trainer's own order makes batches of them as they stand: the peer, which has another
+    way to shuffle, must see the same ones."""
+    placed = list(items)
+    for step in range(UPDATES):
+        for index, item in zip(
+            batch_indices(step + 1, len(items), batch, 0, stage), items[step * batch :], strict=False
+        ):
+            placed[index] = item
+    return placed
+
+
+def _layout(model: Any, folder: Path, work: Work, groups: list[TokenGroup]) -> Layout:
+    """As the stages choose, self-check included; a classifier is checked as the policy it came from."""
+    policy = load_policy(folder / "policy")[0] if work.kind == "reward" else model
+    check = check_layouts(policy, sorted(groups, key=lambda g: g.num_tokens)[:4], PAD, max_tokens=1024)
+    plain, shared = (sum(layout_cost(g, layout) for g in groups) for layout in ("plain", "shared"))
+    return "shared" if check.layout == "shared" and shared <= SHARING_PAYS * plain else "plain"
+
+
+def _method(
+    work: Work, model: Any, groups: list[TokenGroup], layout: Layout, settings: dict[str, Any]
+) -> tuple[Any, Any, list[Any]]:
+    if work.kind == "sft":
+        return SFTConfig.model_validate(settings), SFTObjective(), list(groups)
+    if work.kind == "reward":
+        ranks = tuple(range(work.answers))
+        return RewardConfig.model_validate(settings), RewardObjective(0.0), [Comparison(g, ranks) for g in groups]
+    items = [RankedAnswers(group, (Pair(0, 1),)) for group in groups]
+    if work.kind == "orpo":
+        orpo = ORPOConfig.model_validate(settings | {"odds_ratio_coef": BETA})
+        return orpo, orpo_objective(orpo), items
+    dpo = DPOConfig.model_validate(settings | {"beta": BETA})
+    with tempfile.TemporaryDirectory() as kept:
+        known = iter(
+            reference_logprobs(
+                model, groups, weights="", layout=layout, budget=dpo.micro_batch_tokens, pad_id=PAD,
+                kept=Path(kept) / "own", cache=Path(kept) / "cache", console=Console(quiet=True), say=lambda text: None,
+            ).tolist()
+        )  # fmt: skip
+    items = [replace(item, ref_logprobs=tuple(next(known) for _ in item.tokens.completions)) for item in items]
+    return dpo, dpo_objective(dpo), items
