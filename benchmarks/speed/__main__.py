@@ -1,4 +1,4 @@
-"""Times Accord and TRL at the same work, one process a run, taking turns; writes a table, JSON and a figure.
+"""Times Accord and TRL at the same work, one process a run, taking turns; prints a table and writes JSON.
 
     python -m benchmarks.speed                       everything (about an hour on two processors)
     python -m benchmarks.speed --work dpo            the works whose name begins so
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from statistics import fmean, median
 from typing import Any
 
 from accord.atomic import write_json
+from accord.training.environment import environment
 from benchmarks.speed.work import WARM_UP, WORKS, Timing, Work, groups_of, prepare
 
 SIDES = ("accord", "trl")
@@ -59,7 +59,7 @@ def main() -> None:
     timings = _all(names, 2 if args.quick else args.turns, args.threads, args.allocator)
     rows = [_row(name, WORKS[name], timings[name]) for name in names]
     machine = {
-        "cpu": _cpu(),
+        **environment(),
         "threads": args.threads,
         "allocator": args.allocator,
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
@@ -177,12 +177,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"| {row['peer']:,.1f} | {speed} | {memory} | {once} | {agree} |"
         )
     return "\n".join(lines)
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def _alarm(value: float, limits: Limits) -> float:
     """0 at nothing, 1 at the WARN limit, 2 at the ALERT limit, straight in between and beyond."""
     warn, alert = limits
     if value <= warn:
-        return max(0.0, value / warn) if warn > 0 else 0.0
+        return max(0.0, value / warn)
     return 1 + (value - warn) / (alert - warn)
 
 
