@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma3Config
 
 from accord.errors import ConfigError
+from accord.models import projection
 from accord.models.layout import CompletionBatch, collate
 from accord.models.load import reward_model_from, value_model_from
 from accord.models.projection import LogitTransform, token_logprobs
@@ -221,12 +222,21 @@ def test_no_tensor_ever_holds_more_than_one_chunk_of_logits() -> None:
     assert hidden.grad is not None and head.grad is not None
 
 
+TRANSFORMS = [
+    LogitTransform(),
+    LogitTransform(scale=1.7, softcap=2.5, temperature=0.6),
+    LogitTransform(temperature=0.6),
+]
+
+
 @pytest.mark.parametrize("with_entropy", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(scale=1.7, softcap=2.5, temperature=0.6)])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("kept_rows", [0, 4, 5])
 def test_projection_gradients_are_those_of_finite_differences(
-    with_entropy: bool, with_bias: bool, transform: LogitTransform
+    with_entropy: bool, with_bias: bool, transform: LogitTransform, kept_rows: int
 ) -> None:
+    """Chunks of 2, 2 and 1 rows; none of them, the first two or all wait for the backward pass."""
     generator = torch.Generator().manual_seed(1)
     hidden, weight, bias = (
         torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -243,10 +253,54 @@ def test_projection_gradients_are_those_of_finite_differences(
             transform,
             with_entropy=with_entropy,
             chunk_rows=2,
+            kept_elements=kept_rows * 7,
         )
         return tuple(tensor for tensor in both if tensor is not None)
 
     assert torch.autograd.gradcheck(scores, (hidden, weight, bias) if with_bias else (hidden, weight))
+
+
+class Projections(TorchDispatchMode):
+    """Counts matrix products that make logits, and the numbers they hold."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary, self.rows = vocabulary, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mm.default and result.shape[1] == self.vocabulary:
+            self.rows += len(result)
+        return result
+
+
+@pytest.mark.parametrize(("kept_elements", "projected_again"), [(0, 60), (25 * 53, 36), (60 * 53 - 1, 4), (60 * 53, 0)])
+def test_only_what_does_not_wait_is_projected_again(kept_elements: int, projected_again: int) -> None:
+    """60 tokens in chunks of 8 rows, the last of 4: with room for 25 rows three whole chunks wait."""
+    hidden, head = torch.randn(60, 8, requires_grad=True), torch.randn(53, 8, requires_grad=True)
+    targets = torch.arange(60) % 53
+    with Projections(53) as seen:
+        logprobs, _ = token_logprobs(
+            hidden, head, None, targets, LogitTransform(), with_entropy=False, chunk_rows=8, kept_elements=kept_elements
+        )
+        assert seen.rows == 60
+        logprobs.sum().backward(retain_graph=True)
+    assert seen.rows == 60 + projected_again
+    assert hidden.grad is not None
+    once = hidden.grad.clone()
+    logprobs.sum().backward()
+    torch.testing.assert_close(hidden.grad, 2 * once)
+
+
+def test_nothing_waits_where_no_gradient_will_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int] = []
+    inner = projection._TokenLogprobs.apply
+    monkeypatch.setattr(projection._TokenLogprobs, "apply", lambda *args: kept.append(args[-1]) or inner(*args))
+    hidden, head = torch.randn(5, 4), torch.randn(9, 4)
+    with torch.no_grad():
+        token_logprobs(hidden, head, None, torch.arange(5), LogitTransform(), with_entropy=False)
+    token_logprobs(hidden, head, None, torch.arange(5), LogitTransform(), with_entropy=False)
+    assert kept[0] == 0 and kept[1] >= 5
 
 
 def test_a_frozen_head_gets_no_gradient_and_the_trunk_still_does() -> None:
