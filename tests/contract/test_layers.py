@@ -13,7 +13,7 @@ ROOT = Path(accord.__file__).parent
 
 # From the bottom up; a module may import from its own layer and from those before it.
 LAYERS = (
-    ("errors", "records", "atomic", "randomness", "metrics", "measures"),
+    ("errors", "records", "atomic", "randomness", "phases", "metrics", "measures"),
     ("config",),
     ("guards",),
     ("losses",),

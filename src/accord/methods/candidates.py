@@ -14,6 +14,7 @@ from accord.config import SamplingFields
 from accord.data.templates import Template
 from accord.methods.judging import judge, score_metrics
 from accord.methods.rollouts import Prompt
+from accord.phases import phase
 from accord.records import Group, SampledCompletion, ScoreRequest, TokenGroup
 from accord.rewards.scorers import Scorer, values_of
 from accord.rewards.shaping import Moments, Samples, shape
@@ -71,7 +72,8 @@ def draw(
     """Sample `n` completions for each prompt and have them judged. A function of the policy's weights and the key."""
     started = time.monotonic()
     wanted = [PromptTokens(tokens.prompt_ids, tokens.prompt_id) for _, tokens in prompts]
-    sampled = tuple(drawing.sampler.generate(wanted, n, sampling, key))
+    with phase("sampling"):
+        sampled = tuple(drawing.sampler.generate(wanted, n, sampling, key))
     generated = time.monotonic()
     requests = tuple(
         tuple(_request(drawing, group, tokens, s) for s in samples)
@@ -79,7 +81,8 @@ def draw(
     )
     flat = [request for row in requests for request in row]
     shape_of = (len(prompts), n)
-    verdicts = judge(drawing.scorer, requests, [()] * len(flat), section.max_failed_fraction)
+    with phase("scoring"):
+        verdicts = judge(drawing.scorer, requests, [()] * len(flat), section.max_failed_fraction)
     scored = np.array([score.value is not None for score in verdicts.scores]).reshape(shape_of)
     said = np.array([score.value or 0.0 for score in verdicts.scores]).reshape(shape_of)
     scores = _worst_elsewhere(said, scored)

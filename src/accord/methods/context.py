@@ -28,6 +28,7 @@ from accord.models.load import ModelShape, build_model, load_policy, save_model
 from accord.models.paths import check_model_path
 from accord.models.scratch_tokenizer import train_tokenizer
 from accord.models.self_check import check_layouts
+from accord.phases import phase
 from accord.randomness import torch_seed
 from accord.records import Group, Interval, TokenGroup
 from accord.report.stage import stage_report
@@ -294,6 +295,7 @@ def _weights_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
+@phase("data")
 def tokenised(
     context: Context, groups: list[Group], template: Template, what: str, **limits: Any
 ) -> list[tuple[Group, TokenGroup]]:

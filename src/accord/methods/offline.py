@@ -14,6 +14,7 @@ from accord.data.order import batch_indices, epochs_done, micro_batches, num_ste
 from accord.models.adapters import load_trainable_state, trainable_state
 from accord.models.layout import CompletionBatch, Layout, collate
 from accord.models.token_scores import score_tokens
+from accord.phases import phase
 from accord.records import TokenGroup
 from accord.training.environment import peak_memory_mb
 from accord.training.loop import Captured, StepOutcome
@@ -108,15 +109,20 @@ class OfflineTrainer(Generic[Item]):
         """One optimiser update on the step's batch, whatever number of forward passes it takes."""
         started = time.monotonic()
         size = self._schedule.batch_size
-        batch_items = [self._items[i] for i in batch_indices(step, len(self._items), size, self._seed, self.stage)]
-        begun = self._objective.begin(batch_items, self._policy_logprobs)
+        with phase("data"):
+            batch_items = [self._items[i] for i in batch_indices(step, len(self._items), size, self._seed, self.stage)]
+            begun = self._objective.begin(batch_items, self._policy_logprobs)
+            passes = group_passes(batch_items, self._objective.tokens, self._layout, self._section.micro_batch_tokens)
         sums: Sums = {}
         tokens = 0
-        for items in group_passes(batch_items, self._objective.tokens, self._layout, self._section.micro_batch_tokens):
-            groups = [self._objective.tokens(item) for item in items]
-            batch = collate(groups, layout=self._layout, pad_id=self._pad_id)
-            loss, part = self._objective.loss(self._model, items, batch, begun)
-            loss.backward()
+        for items in passes:
+            with phase("data"):
+                groups = [self._objective.tokens(item) for item in items]
+                batch = collate(groups, layout=self._layout, pad_id=self._pad_id)
+            with phase("forward"):
+                loss, part = self._objective.loss(self._model, items, batch, begun)
+            with phase("backward"):
+                loss.backward()
             for name, value in part.items():
                 sums[name] = sums.get(name, 0.0) + value
             tokens += int(batch.attention_mask.shape[0] * batch.input_ids.shape[1])
@@ -138,7 +144,8 @@ class OfflineTrainer(Generic[Item]):
         }
         if step % self._schedule.eval_every == 0 or step == self.total_steps:
             before = time.monotonic()
-            metrics |= self._evaluate()
+            with phase("evaluation"):
+                metrics |= self._evaluate()
             metrics["time/eval_seconds"] = time.monotonic() - before
         return StepOutcome(metrics, status=f"loss {metrics['train/loss']:.3f}")
 
@@ -160,6 +167,7 @@ class OfflineTrainer(Generic[Item]):
         if self._memory is not None:
             self._memory.restore(captured.values["memory"])
 
+    @phase("scoring")
     def _policy_logprobs(self, groups: Sequence[TokenGroup]) -> Tensor:
         return sequence_logprobs(
             self._model, groups, layout=self._layout, pad_id=self._pad_id, budget=self._section.micro_batch_tokens
@@ -174,7 +182,8 @@ def sequence_logprobs(model: Any, groups: Sequence[TokenGroup], *, layout: Layou
         first.append(first[-1] + len(group.completions))
     result = torch.zeros(first[-1], dtype=torch.promote_types(model.dtype, torch.float32))
     for indices in group_passes(range(len(groups)), lambda i: groups[i], layout, budget):
-        batch = collate([groups[i] for i in indices], layout=layout, pad_id=pad_id)
+        with phase("data"):
+            batch = collate([groups[i] for i in indices], layout=layout, pad_id=pad_id)
         with torch.no_grad():
             sums = score_tokens(model, batch, mask="loss").logprobs.sum(1)
         result[[row for i in indices for row in range(first[i], first[i + 1])]] = sums.to(result.dtype)

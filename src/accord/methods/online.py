@@ -21,6 +21,7 @@ from accord.methods.judging import Failure, score_metrics, token_rewards_of
 from accord.methods.offline import group_passes
 from accord.methods.rollouts import Rollout, RolloutModels
 from accord.models.layout import CompletionBatch, collate
+from accord.phases import phase
 from accord.randomness import permutation
 from accord.records import TokenGroup
 from accord.rollout.conversations import Conversation
@@ -175,12 +176,14 @@ def parts(
     """The chosen groups of one update, in forward passes of at most `micro_batch_tokens` tokens."""
     budget, pad_id = section.micro_batch_tokens, models.template.pad_id
     for indices in group_passes(groups, lambda g: choice.groups[g], models.layout, budget):
-        chosen = tuple(choice.groups[g] for g in indices)
-        batch = collate(chosen, layout=models.layout, pad_id=pad_id)
-        rows = torch.tensor([row for g in indices for row in choice.rows[g]])
-        width = batch.completion_mask.shape[1]
-        old, ref = rollout.old_logprobs[rows, :width], rollout.ref_logprobs[rows, :width]
-        yield Part(batch, chosen, rows, batch.completion_mask, old, ref)
+        with phase("data"):
+            chosen = tuple(choice.groups[g] for g in indices)
+            batch = collate(chosen, layout=models.layout, pad_id=pad_id)
+            rows = torch.tensor([row for g in indices for row in choice.rows[g]])
+            width = batch.completion_mask.shape[1]
+            old, ref = rollout.old_logprobs[rows, :width], rollout.ref_logprobs[rows, :width]
+            part = Part(batch, chosen, rows, batch.completion_mask, old, ref)
+        yield part
 
 
 def ratio_deviation(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> float:

@@ -31,6 +31,7 @@ from accord.methods.online import (
 from accord.methods.rollouts import Prompt, Rollout, RolloutModels, collect
 from accord.models.adapters import load_trainable_state, trainable_state
 from accord.models.token_scores import TokenScores, score_tokens
+from accord.phases import phase
 from accord.training.loop import Captured, StepOutcome
 from accord.training.optim import Optimiser, learning_rate_at
 
@@ -107,7 +108,8 @@ class OnlineTrainer:
         rollout = collect(self._models, [self._prompts[i] for i in chosen], section, (self.stage, self._seed, step))
         lesson = self._learner.lesson(rollout)
         kl = kl_k1(rollout.old_logprobs, rollout.ref_logprobs)
-        metrics = rollout_metrics(rollout, kl, lesson.rewards) | lesson.metrics
+        with phase("logging"):
+            metrics = rollout_metrics(rollout, kl, lesson.rewards) | lesson.metrics
         ending = kl_ending(metrics, section)
         started = time.monotonic()
         if ending is None:
@@ -165,11 +167,14 @@ class OnlineTrainer:
         sums: dict[str, float] = {}
         deviation = 0.0
         for part in parts(rollout, lesson.choice, groups, self._models, self._section):
-            scores = score_tokens(
-                self._models.policy, part.batch, temperature=self._section.temperature, with_entropy=True, mask="loss"
-            )
-            loss, loss_sums = self._learner.loss(scores, part, lesson, size)
-            loss.backward()
+            with phase("forward"):
+                scores = score_tokens(
+                    self._models.policy, part.batch,
+                    temperature=self._section.temperature, with_entropy=True, mask="loss",
+                )  # fmt: skip
+                loss, loss_sums = self._learner.loss(scores, part, lesson, size)
+            with phase("backward"):
+                loss.backward()
             deviation = max(deviation, ratio_deviation(scores.logprobs, part.old_logprobs, part.mask))
             add_sums(sums, loss_sums)
             add_sums(sums, _movement(scores, part))

@@ -40,6 +40,7 @@ from accord.methods.online import (
 from accord.methods.ppo_update import Actor, Critic, Signal
 from accord.methods.ptx import Imitation
 from accord.methods.rollouts import Prompt, Rollout, RolloutModels, collect
+from accord.phases import phase
 from accord.training.loop import Captured, StepOutcome
 
 __all__ = ["PPOTrainer"]
@@ -76,7 +77,8 @@ class PPOTrainer:
         kl = kl_k1(rollout.old_logprobs, rollout.ref_logprobs)
         price = self._kl_coef if section.kl_in == "reward" else 0.0
         rewards = final_rewards(rollout, price * kl)
-        metrics = rollout_metrics(rollout, kl, rewards.sum(1)) | {"train/kl_coef": self._kl_coef}
+        with phase("logging"):
+            metrics = rollout_metrics(rollout, kl, rewards.sum(1)) | {"train/kl_coef": self._kl_coef}
         ending = kl_ending(metrics, section)
         score_seconds, update_seconds = rollout.score_seconds, 0.0
         if ending is None:

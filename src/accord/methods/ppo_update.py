@@ -15,6 +15,7 @@ from accord.methods.online import Part, add_sums, kl_loss, ratio_deviation
 from accord.methods.rollouts import Rollout, RolloutModels, per_token
 from accord.models.adapters import load_trainable_state, trainable_state
 from accord.models.token_scores import score_tokens, score_values
+from accord.phases import phase
 from accord.training.loop import Captured
 from accord.training.optim import Optimiser, learning_rate_at
 
@@ -86,6 +87,7 @@ class Actor(_Learning):
     def __init__(self, model: Any, section: PPOConfig, total_steps: int) -> None:
         super().__init__(model, section, section.learning_rate, total_steps)
 
+    @phase("forward")
     def accumulate(self, part: Part, signal: Signal, count: int) -> tuple[dict[str, float], float]:
         """Gradient of one forward pass's share of a minibatch of `count` tokens; sums over its tokens, and how far the
         ratio of one was from 1."""
@@ -104,7 +106,8 @@ class Actor(_Learning):
         if kl is not None:
             loss = loss + signal.kl_coef * kl
             add_sums(sums, {"kl_loss": kl.detach()})
-        loss.backward()
+        with phase("backward"):
+            loss.backward()
         add_sums(sums, {
             "policy_loss": policy.loss.detach(), "entropy": entropy.entropy_sum, "clipped": policy.clipped_count,
             "approx_kl": policy.approx_kl_sum, "ratio": policy.ratio_sum, "tokens": policy.token_count,
@@ -134,6 +137,7 @@ class Critic(_Learning):
         peak = section.learning_rate if section.value_learning_rate is None else section.value_learning_rate
         super().__init__(model, section, peak, total_steps)
 
+    @phase("scoring")
     def values(self, rollout: Rollout, models: RolloutModels) -> Tensor:
         """(C, T) V before each token, without gradient."""
         return per_token(
@@ -141,6 +145,7 @@ class Critic(_Learning):
             lambda batch: score_values(self.model, batch),
         )  # fmt: skip
 
+    @phase("forward")
     def accumulate(self, part: Part, signal: Signal, count: int) -> dict[str, float]:
         """Gradient of one forward pass's share of a minibatch of `count` tokens; sums over its tokens."""
         rows, mask, width = part.rows, part.mask, part.mask.shape[1]
@@ -149,7 +154,8 @@ class Critic(_Learning):
             score_values(self.model, part.batch), signal.values[rows, :width], signal.returns[rows, :width], mask,
             value_clip_range=inf if clip is None else clip, num_tokens=count,
         )  # fmt: skip
-        value.loss.backward()
+        with phase("backward"):
+            value.loss.backward()
         sums: dict[str, float] = {}
         add_sums(sums, {
             "value_loss": value.loss.detach(), "value_clipped": value.clipped_count, "value_tokens": value.token_count,

@@ -20,6 +20,7 @@ from accord.methods.offline import group_passes
 from accord.methods.online import add_sums
 from accord.models.layout import collate
 from accord.models.token_scores import score_tokens
+from accord.phases import phase
 from accord.records import TokenGroup
 
 __all__ = ["Imitation"]
@@ -32,6 +33,7 @@ class Imitation:
     def __init__(self, items: Sequence[TokenGroup], section: PPOConfig, *, pad_id: int, seed: int) -> None:
         self._items, self._section, self._pad_id, self._seed = items, section, pad_id, seed
 
+    @phase("forward")
     def accumulate(self, model: Any, number: int) -> dict[str, float]:
         """Add the gradient of ptx_coef times the loss of batch `number` (from 1), in passes of at most
         `micro_batch_tokens` tokens; sums over its tokens."""
@@ -41,9 +43,11 @@ class Imitation:
         count = sum(sum(c.mask) for item in batch_items for c in item.completions)
         sums: dict[str, float] = {}
         for items in group_passes(batch_items, lambda item: item, "plain", section.micro_batch_tokens):
-            batch = collate(items, layout="plain", pad_id=self._pad_id)
+            with phase("data"):
+                batch = collate(items, layout="plain", pad_id=self._pad_id)
             logprobs = score_tokens(model, batch, mask="loss").logprobs
             result = sft_loss(logprobs, batch.completion_mask, num_tokens=count)
-            (section.ptx_coef * result.loss).backward()
+            with phase("backward"):
+                (section.ptx_coef * result.loss).backward()
             add_sums(sums, {"ptx_nll": result.nll_sum, "ptx_tokens": result.token_count})
         return sums

@@ -39,6 +39,7 @@ from accord.atomic import make_folder, write_bytes
 from accord.errors import AccordError, TrainingError
 from accord.methods.offline import sequence_logprobs
 from accord.models.layout import Layout
+from accord.phases import phase
 from accord.records import TokenCompletion, TokenGroup
 from accord.training.progress import StageProgress
 
@@ -149,6 +150,7 @@ def _missing(groups: Sequence[TokenGroup], values: Mapping[bytes, float]) -> lis
     return missing
 
 
+@phase("reference")
 def _computed(model: Any, groups: Sequence[TokenGroup], layout: Layout, budget: int, pad_id: int) -> Values:
     numbers = sequence_logprobs(model, groups, layout=layout, pad_id=pad_id, budget=budget).tolist()
     keys = [key for group in groups for key in _keys(group)]

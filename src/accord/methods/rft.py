@@ -35,6 +35,7 @@ from accord.methods.rollouts import Prompt
 from accord.models.adapters import load_trainable_state, trainable_state
 from accord.models.layout import Layout, collate
 from accord.models.token_scores import score_tokens
+from accord.phases import phase
 from accord.randomness import permutation
 from accord.records import TokenCompletion, TokenGroup
 from accord.rollout.sampling import Sampling
@@ -141,6 +142,7 @@ class RFTTrainer:
         )  # fmt: skip
         return draw(self._drawing, prompts, section.samples_per_prompt, sampling, section, ("rft", self._seed, cycle))
 
+    @phase("forward")
     def _imitate(self, step: int, kept: Sequence[TokenGroup]) -> dict[str, float]:
         """SFT on the kept completions: `epochs` passes, each freshly shuffled. Without any nothing happens."""
         section, pad_id = self._section, self._drawing.template.pad_id
@@ -152,10 +154,12 @@ class RFTTrainer:
             batch_groups = [kept[i] for i in order]
             count = sum(len(group.completions[0].ids) for group in batch_groups)
             for groups in group_passes(batch_groups, lambda g: g, self._layout, section.micro_batch_tokens):
-                batch = collate(groups, layout=self._layout, pad_id=pad_id)
+                with phase("data"):
+                    batch = collate(groups, layout=self._layout, pad_id=pad_id)
                 logprobs = score_tokens(self._policy, batch, mask="loss").logprobs
                 result = sft_loss(logprobs, batch.completion_mask, num_tokens=count)
-                result.loss.backward()
+                with phase("backward"):
+                    result.loss.backward()
                 nll += float(result.nll_sum)
             norms.append(self._optimiser.update(rate).grad_norm)
             tokens += count

@@ -20,6 +20,7 @@ from accord.methods.watch import Watch, heard
 from accord.models.adapters import adapters_off
 from accord.models.layout import CompletionBatch, Layout, collate
 from accord.models.token_scores import score_tokens
+from accord.phases import phase
 from accord.records import Group, Score, ScoreRequest, TokenGroup
 from accord.rewards.scorers import Scorer, values_of
 from accord.rewards.shaping import Samples, Shaped
@@ -114,12 +115,13 @@ def collect(
 ) -> Rollout:
     """Sample, score, and run the reference once over everything that was scored."""
     started = time.monotonic()
-    sampled = _sampled(models, prompts, section, section.samples_per_prompt, key)
+    with phase("sampling"):
+        sampled = _sampled(models, prompts, section, section.samples_per_prompt, key)
     generated = time.monotonic()
     asked = [tuple(_request(models, conversation) for conversation in samples) for samples in sampled]
     errors = [conversation.error for samples in sampled for conversation in samples]
     compared = models.rewards.reference_scores(asked)  # before listening, which is to the samples alone
-    with heard(None if models.watch is None else models.watch.head) as states:
+    with phase("scoring"), heard(None if models.watch is None else models.watch.head) as states:
         verdicts = judge(models.scorer, asked, compared, section.max_failed_fraction, errors)
     kept, rows = _kept(asked, verdicts)
     groups = tuple(_group(prompts[p][1], sampled[p]) for p in kept)
@@ -135,8 +137,11 @@ def collect(
             lambda batch: score_tokens(model, batch, temperature=section.temperature, mask="loss").logprobs,
         )  # fmt: skip
 
-    old = logprobs(models.policy) if section.old_logprobs == "recompute" else sampled_logprobs
-    with adapters_off(models.reference):
+    with phase("scoring"):
+        old = logprobs(models.policy) if section.old_logprobs == "recompute" else sampled_logprobs
+        gold = None if models.gold is None else torch.tensor(values_of(models.gold, requests))
+        watched = {} if models.watch is None else models.watch.metrics(requests, states)
+    with phase("reference"), adapters_off(models.reference):
         ref_logprobs = logprobs(models.reference)
     return Rollout(
         groups=groups,
@@ -146,13 +151,13 @@ def collect(
         failures=verdicts.failures,
         shaped=_shaped(models.rewards, verdicts, rows, groups, conversations, turn_rewards, section),
         turn_rewards=turn_rewards,
-        gold=None if models.gold is None else torch.tensor(values_of(models.gold, requests)),
+        gold=gold,
         mask=mask,
         old_logprobs=old,
         sampler_logprobs=sampled_logprobs,
         ref_logprobs=ref_logprobs,
         generate_seconds=generated - started,
-        watched={} if models.watch is None else models.watch.metrics(requests, states),
+        watched=watched,
         score_seconds=time.monotonic() - generated,
     )
 
@@ -237,7 +242,8 @@ def per_token(
         first.append(first[-1] + len(group.completions))
     result = torch.zeros(first[-1], width)
     for indices in group_passes(range(len(groups)), lambda i: groups[i], models.layout, budget):
-        batch = collate([groups[i] for i in indices], layout=models.layout, pad_id=models.template.pad_id)
+        with phase("data"):
+            batch = collate([groups[i] for i in indices], layout=models.layout, pad_id=models.template.pad_id)
         with torch.no_grad():
             values = function(batch)
         rows = [row for i in indices for row in range(first[i], first[i + 1])]

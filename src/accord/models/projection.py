@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from accord.phases import projecting
+
 __all__ = ["LogitTransform", "logits_of", "token_logprobs"]
 
 # Logits of one chunk: about 16 MB in fp32, few enough to stay near the processor, many enough for a fast product.
@@ -71,6 +73,7 @@ def token_logprobs(
             memory and speed, and gradients by rounding alone.
     Returns: logprobs (N,), entropies (N,) or None; float32, or float64 for float64 hidden states.
     """
+    projecting(hidden, weight)
     rows = chunk_rows or max(_MIN_CHUNK_ROWS, _CHUNK_ELEMENTS // weight.shape[0])
     # The derivative of a soft cap needs more than the log-probabilities: those chunks are all projected again.
     keeps = torch.is_grad_enabled() and transform.softcap is None

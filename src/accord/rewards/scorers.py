@@ -17,6 +17,7 @@ from accord.data.tokenise import tokenise_groups
 from accord.errors import RewardError
 from accord.models.layout import collate
 from accord.models.token_scores import head_scores
+from accord.phases import phase
 from accord.records import Completion, Group, Message, Score, ScoreRequest, content_id
 
 __all__ = [
@@ -73,13 +74,15 @@ class ModelScorer:
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         groups = [Group(r.prompt, (Completion((Message("assistant", r.completion),)),)) for r in requests]
-        tokenised = tokenise_groups(groups, self._template, loss_on="assistant", **self._limits)
+        with phase("data"):
+            tokenised = tokenise_groups(groups, self._template, loss_on="assistant", **self._limits)
         errors = {dropped.index: dropped.reason for dropped in tokenised.dropped}
         places = (index for index in range(len(requests)) if index not in errors)
         rows = list(zip(places, tokenised.groups, strict=True))
         results = [Score(None, errors.get(index)) for index in range(len(requests))]
         for rows_of_pass in micro_batches(rows, lambda row: row[1].num_tokens, lambda _: 1, self._micro_batch_tokens):
-            batch = collate([group for _, group in rows_of_pass], layout="plain", pad_id=self._template.pad_id)
+            with phase("data"):
+                batch = collate([group for _, group in rows_of_pass], layout="plain", pad_id=self._template.pad_id)
             with torch.no_grad():
                 scores = head_scores(self._model, batch)
             for (index, _), value, members in zip(rows_of_pass, scores.mean(1).tolist(), scores.tolist(), strict=True):

@@ -19,6 +19,7 @@ from torch import Tensor
 from accord import metrics
 from accord.config import GuardsConfig
 from accord.errors import GuardAlert, Terminated
+from accord.phases import ITERATION, phase
 from accord.training.checkpoint import Snapshot, load_before, load_latest, save_checkpoint
 from accord.training.progress import StageProgress
 from accord.training.runfolder import RunFolder
@@ -102,29 +103,31 @@ def run_training(trainer: Trainer, run: RunFolder, console: Console, guards: Gua
         StageProgress(console, trainer.stage, trainer.total_steps, done) as progress,
     ):
         while done < trainer.total_steps and early is None and watch.pausing is None:
-            step = done + 1
-            started, cpu_started = time.monotonic(), time.process_time()
-            outcome = trainer.step(step)
-            clocks = {
-                "time/step_seconds": time.monotonic() - started,
-                "time/step_cpu_seconds": time.process_time() - cpu_started,
-            }
-            watch.observe(step, _record(run, step, outcome, clocks))
-            if watch.stopping is not None:
+            with phase(ITERATION):
+                step = done + 1
+                started, cpu_started = time.monotonic(), time.process_time()
+                outcome = trainer.step(step)
+                clocks = {
+                    "time/step_seconds": time.monotonic() - started,
+                    "time/step_cpu_seconds": time.process_time() - cpu_started,
+                }
+                with phase("logging"):
+                    watch.observe(step, _record(run, step, outcome, clocks))
+                if watch.stopping is not None:
+                    done = step
+                    kept, early = _go_back(trainer, run, step, watch.stopping)
+                    watch.ended(step, early)
+                    break
+                early = outcome.ending
+                last = step == trainer.total_steps or early is not None or watch.pausing is not None
+                # Read once: a signal between the two uses would claim a save that did not happen.
+                stopping = stop.requested is not None
+                if step % trainer.checkpoint_every == 0 or last or stopping:
+                    _save(trainer, run, step, early, watch)
+                progress.advance(outcome.status)
                 done = step
-                kept, early = _go_back(trainer, run, step, watch.stopping)
-                watch.ended(step, early)
-                break
-            early = outcome.ending
-            last = step == trainer.total_steps or early is not None or watch.pausing is not None
-            # Read once: a signal between the two uses would claim a save that did not happen.
-            stopping = stop.requested is not None
-            if step % trainer.checkpoint_every == 0 or last or stopping:
-                _save(trainer, run, step, early, watch)
-            progress.advance(outcome.status)
-            done = step
-            if stopping:
-                break
+                if stopping:
+                    break
     # Outside the context, where no signal can be noted any more: one that came during the last save counts too.
     if stop.requested is not None:
         raise Terminated(
@@ -187,6 +190,7 @@ def _record(run: RunFolder, step: int, outcome: StepOutcome, clocks: Mapping[str
     return finite
 
 
+@phase("checkpoint")
 def _save(trainer: Trainer, run: RunFolder, step: int, early: str | None, watch: Watchman) -> None:
     captured = trainer.capture()
     loop = {GUARDS: watch.state(), ENDING: early}

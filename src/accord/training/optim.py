@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from accord.config import OptimiserFields
 from accord.errors import TrainingError
+from accord.phases import phase
 
 __all__ = ["Optimiser", "Update", "learning_rate_at"]
 
@@ -59,6 +60,7 @@ class Optimiser:
         self.skipped = 0
         self._skipped_in_a_row = 0
 
+    @phase("optimiser")
     def update(self, learning_rate: float) -> Update:
         """Apply the accumulated gradients once and clear them.
 
