@@ -56,8 +56,8 @@ def planned(
     return [f"{models}: {memory}" for models, memory in zip(cells[3], cells[4], strict=True)], str(table.caption)
 
 
-def trained_parameters(model: Any, targets: tuple[str, ...]) -> int:
-    add_adapter(model, rank=8, alpha=8, targets=targets, seed=0)
+def trained_parameters(model: Any, targets: tuple[str, ...], **more: Any) -> int:
+    add_adapter(model, rank=8, alpha=8, targets=targets, seed=0, **more)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -70,6 +70,15 @@ def test_the_size_of_an_adapter_is_known_before_there_is_a_model(kind: Any, targ
     _, caption = planned({"scratch": scratch}, {"rank": 8, "targets": targets})
     model = build_model(ModelShape(64, 3, 4, 32, kind), vocab_size=300, pad_id=0, eos_id=1, seed=0)
     assert f"about {trained_parameters(model, targets):,} in an adapter" in caption
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_lengths_and_ranks_by_name_are_counted(kind: Any) -> None:
+    scratch = {"kind": kind, "hidden_size": 64, "layers": 3, "heads": 4, "vocab_size": 300, "max_positions": 32}
+    more: dict[str, Any] = {"kind": "dora", "ranks": {"mlp.c_proj" if kind == "gpt2" else "down_proj": 3}}
+    _, caption = planned({"scratch": scratch}, {"rank": 8, **more})
+    model = build_model(ModelShape(64, 3, 4, 32, kind), vocab_size=300, pad_id=0, eos_id=1, seed=0)
+    assert f"about {trained_parameters(model, (), **more):,} in an adapter" in caption
 
 
 @pytest.mark.parametrize("targets", [(), ("q_proj", "mlp.down_proj")])

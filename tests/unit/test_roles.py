@@ -269,7 +269,7 @@ def test_a_reward_model_trained_as_an_adapter_is_one_on_the_policys_trunk(reward
         ("no adapter", "there is no adapter in"),
         ("other weights", "not trained on the weights that the policy starts from"),
         ("no record", "not trained on the weights that the policy starts from"),
-        ("other rank", "its adapter is of rank 4 and alpha 8 on down_proj, "),
+        ("other rank", "its adapter is lora of rank 4 and alpha 8 on "),
     ],
 )
 def test_otherwise_it_has_weights_of_its_own_and_the_reason_is_said(spoil: str, reason: str, reward_run: Path) -> None:

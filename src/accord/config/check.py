@@ -65,12 +65,24 @@ def _model(model: ModelConfig) -> list[str]:
             "`model.adapter` and `model.trainable_blocks` are both set: train adapters in all blocks, or the top "
             "blocks whole"
         )
+    if model.adapter is not None and model.adapter.targets:
+        problems += [
+            f"`model.adapter.ranks` names {ending}, which is no layer that `model.adapter.targets` = "
+            f"{', '.join(model.adapter.targets)} adapts: add it there, or drop its rank"
+            for ending in model.adapter.ranks
+            if not any(_both_end(ending, target) for target in model.adapter.targets)
+        ]
     if model.scratch is not None and (model.trainable_blocks or 0) > model.scratch.layers:
         problems.append(
             f"`model.trainable_blocks` = {model.trainable_blocks} is more than `model.scratch.layers` = "
             f"{model.scratch.layers}"
         )
     return problems
+
+
+def _both_end(first: str, second: str) -> bool:
+    """Whether one name can end in both."""
+    return f".{first}".endswith(f".{second}") or f".{second}".endswith(f".{first}")
 
 
 def _methods(recipe: Recipe) -> list[str]:

@@ -42,9 +42,18 @@ class ScratchConfig(Section):
 class AdapterConfig(Section):
     """Low-rank adapters: the model's own weights stay as they are, and the reference is the model without adapters."""
 
-    kind: Literal["lora"] = Field("lora", description="Kind of adapter.")
+    kind: Literal["lora", "dora"] = Field(
+        "lora",
+        description="`lora` adds a low-rank update to each weight; `dora` also learns the length of each of the "
+        "weight's rows, apart from its direction.",
+    )
     rank: int = Field(16, ge=1, description="Rank of each adapter's update.")
-    alpha: float = Field(32.0, gt=0, description="The update is scaled by alpha / rank.")
+    ranks: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict,
+        description="Ranks other than `rank`, by endings of layers' names, such as `{q_proj: 32, mlp.down_proj: 8}`; "
+        "the longest ending that fits counts.",
+    )
+    alpha: float = Field(32.0, gt=0, description="The update is scaled by alpha / rank, alike for all of `ranks`.")
     targets: tuple[str, ...] = Field(
         (), description="Endings of the names of the linear layers to adapt. Unset: all linear layers of the trunk."
     )

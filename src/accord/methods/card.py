@@ -19,9 +19,12 @@ def _adapter_note(adapter: AdapterConfig | None) -> str:
     if adapter is None:
         return ""
     layers = " and ".join(f"`{target}`" for target in adapter.targets) or "all linear layers"
+    others = "".join(f", rank {rank} for `{name}`" for name, rank in adapter.ranks.items())
+    kind = "" if adapter.kind == "lora" else f" ({adapter.kind})"
     return (
-        f" What was trained is a low-rank adapter of {layers} (rank {adapter.rank}, alpha {adapter.alpha:g}): it is "
-        "folded into these weights, and stands by itself in the folder `adapter` beside this one, for peft."
+        f" What was trained is a low-rank adapter{kind} of {layers} (rank {adapter.rank}{others}, alpha "
+        f"{adapter.alpha:g}): it is folded into these weights, and stands by itself in the folder `adapter` beside "
+        "this one, for peft."
     )
 
 

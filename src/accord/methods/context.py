@@ -120,7 +120,15 @@ def adapt(context: Context, model: Any, *key: str) -> None:
         train_top_blocks(model, blocks)
     if adapter is not None:
         seed = torch_seed(context.seed, "adapter", *key)
-        add_adapter(model, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets, seed=seed)
+        add_adapter(
+            model,
+            rank=adapter.rank,
+            alpha=adapter.alpha,
+            targets=adapter.targets,
+            seed=seed,
+            kind=adapter.kind,
+            ranks=adapter.ranks,
+        )
 
 
 def save_trained(

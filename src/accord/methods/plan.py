@@ -293,23 +293,39 @@ def _q_head_parameters(recipe: Recipe) -> int:
 
 
 def _adapter_parameters(recipe: Recipe, adapter: AdapterConfig) -> int:
-    """Rank times inputs and outputs of each linear layer, told by the names and shapes of the weights."""
+    """Rank times inputs and outputs of each linear layer, told by the names and shapes of the weights; for DoRA a
+    length for each output besides."""
     scratch = recipe.model.scratch
     shapes = _file_shapes(recipe) if scratch is None else _scratch_layers(scratch)
     layers = {
-        name.removesuffix(".weight"): sum(shape)
+        name.removesuffix(".weight"): shape
         for name, shape in shapes.items()
         if len(shape) == 2 and name.endswith(".weight") and not any(part in name for part in NOT_LINEAR)
     }
-    unknown = [t for t in adapter.targets if not any(f".{name}".endswith(f".{t}") for name in layers)]
-    if layers and unknown:
-        known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
-        raise ConfigError(
-            f"`model.adapter.targets`: {', '.join(map(repr, unknown))} names no linear layer of the model; its linear "
-            f"layers are called: {known}"
-        )
+    for key, endings in (("targets", adapter.targets), ("ranks", tuple(adapter.ranks))):
+        unknown = [t for t in endings if not any(f".{name}".endswith(f".{t}") for name in layers)]
+        if layers and unknown:
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+            raise ConfigError(
+                f"`model.adapter.{key}`: {', '.join(map(repr, unknown))} names no linear layer of the model; its "
+                f"linear layers are called: {known}"
+            )
     targets = tuple(f".{target}" for target in adapter.targets)
-    return adapter.rank * sum(size for name, size in layers.items() if not targets or f".{name}".endswith(targets))
+    adapted = {name: shape for name, shape in layers.items() if not targets or f".{name}".endswith(targets)}
+    return sum(
+        _rank_of(name, adapter) * sum(shape) + (_outputs(name, shape) if adapter.kind == "dora" else 0)
+        for name, shape in adapted.items()
+    )
+
+
+def _rank_of(layer: str, adapter: AdapterConfig) -> int:
+    own = [ending for ending in adapter.ranks if f".{layer}".endswith(f".{ending}")]
+    return adapter.ranks[max(own, key=len)] if own else adapter.rank
+
+
+def _outputs(layer: str, shape: tuple[int, ...]) -> int:
+    """GPT-2's family keeps its weights (in, out), under names of their own; all others (out, in)."""
+    return shape[1] if layer.rpartition(".")[2].startswith("c_") else shape[0]
 
 
 def _top_parameters(recipe: Recipe, count: int) -> int:
@@ -330,14 +346,17 @@ def _top_parameters(recipe: Recipe, count: int) -> int:
 
 
 def _scratch_layers(shape: ScratchConfig) -> dict[str, tuple[int, int]]:
+    """Weights by name, shaped as in files."""
     width = shape.hidden_size
     if shape.kind == "gpt2":
-        one = {"attn.c_attn": 3 * width, "attn.c_proj": width, "mlp.c_fc": 4 * width, "mlp.c_proj": 4 * width}
+        sizes = {"attn.c_attn": (1, 3), "attn.c_proj": (1, 1), "mlp.c_fc": (1, 4), "mlp.c_proj": (4, 1)}
+        one = {name: (width * first, width * second) for name, (first, second) in sizes.items()}
     else:
-        one = {f"self_attn.{x}_proj": width for x in "qkvo"} | {
-            f"mlp.{x}_proj": _scratch_inner(width) for x in ("gate", "up", "down")
-        }
-    return {f"{layer}.{name}.weight": (width, size) for layer in range(shape.layers) for name, size in one.items()}
+        inner = _scratch_inner(width)
+        one = dict.fromkeys((f"self_attn.{x}_proj" for x in "qkvo"), (width, width)) | {
+            "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner)
+        }  # fmt: skip
+    return {f"{layer}.{name}.weight": size for layer in range(shape.layers) for name, size in one.items()}
 
 
 def _scratch_inner(width: int) -> int:

@@ -71,14 +71,9 @@ def _obstacle(policy: LoadedPolicy, folder: Path | str) -> str | None:
         return "its adapter was not trained on the weights that the policy starts from"
     theirs, ours = adapter_settings(adapter), adapter_settings(policy.model)
     if theirs != ours:
-        return f"its adapter is {_described(*theirs)}, and the policy's {_described(*ours)}"
+        return f"its adapter is {theirs}, and the policy's {ours}"
     return None
 
 
 def _adapter_of(folder: Path | str) -> Path:
     return Path(folder).absolute().with_name("adapter")
-
-
-def _described(rank: int, alpha: float, layers: tuple[str, ...]) -> str:
-    named = ", ".join(layers) if len(layers) < 9 else f"{len(layers)} layers"
-    return f"of rank {rank} and alpha {alpha:g} on {named}"

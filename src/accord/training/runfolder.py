@@ -243,8 +243,9 @@ def _identity(config: Mapping[str, Any], fingerprints: Mapping[str, str]) -> dic
 
 
 def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    """Dotted keys and their values. A mapping with nothing in it sets nothing."""
     if not isinstance(value, dict) or not value:
-        return {key: value}
+        return {key: None if value == {} else value}
     return {name: leaf for k, v in value.items() for name, leaf in _flat(v, f"{key}.{k}" if key else k).items()}
 
 
