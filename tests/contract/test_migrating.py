@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from accord.config import Recipe, recipe_from
+from accord.config import AdapterConfig, Recipe, recipe_from
 from accord.config.foreign import ABSENT, RENAMED
 from accord.config.load import section_in
 from accord.errors import ConfigError
@@ -72,7 +72,7 @@ def test_an_option_that_is_not_here_says_why(theirs: str) -> None:
 def test_every_foreign_name_leads_to_a_key_that_exists_and_is_no_key_itself() -> None:
     sections = [section_in(field.annotation) for field in Recipe.model_fields.values()]
     keys = {key for section in sections if section for key in section.model_fields} | Recipe.model_fields.keys()
-    keys |= {"rank", "alpha", "targets"}
+    keys |= AdapterConfig.model_fields.keys()
     for theirs, ours in RENAMED.items():
         assert fields_at(ours) if "." in ours else ours in keys, ours
         assert not fields_at(theirs), theirs

@@ -122,7 +122,8 @@ def test_a_model_and_its_gradients_are_those_of_the_plain_formula(architecture: 
         if hasattr(layer, "lora_A"):
             a, b = layer.lora_A.default.weight, layer.lora_B.default.weight
             m = layer.lora_magnitude_vector.default.weight
-            parts = {f"{name}.{part}": p.detach().clone().requires_grad_() for part, p in zip("abm", (a, b, m), strict=True)}
+            named = zip("abm", (a, b, m), strict=True)
+            parts = {f"{name}.{part}": p.detach().clone().requires_grad_() for part, p in named}
             leaves |= parts
             a, b, m = parts.values()
             plain = oracle.get_submodule(name).weight.detach()
