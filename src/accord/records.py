@@ -94,6 +94,10 @@ class Group:
     reference: str | None = None
     origin: Origin | None = field(default=None, compare=False)
 
+    def at(self, origin: Origin | None) -> Group:
+        """The same group, with this origin."""
+        return Group(self.prompt, self.completions, self.margin, self.soft_label, self.reference, origin)
+
     @property
     def kind(self) -> GroupKind:
         """What this group can teach: the richest reading of what its completions carry."""

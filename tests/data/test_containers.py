@@ -299,4 +299,6 @@ def test_a_row_larger_than_the_limit_is_refused(tmp_path: Path, monkeypatch: pyt
 
 def test_a_container_can_be_read_twice(tmp_path: Path) -> None:
     container = open_container(write_lines(tmp_path / "a.jsonl", {"prompt": "a"}))
-    assert list(container.rows()) == list(container.rows()) != []
+    counted: list[int] = []
+    assert list(container.rows(counted.append)) == list(container.rows(counted.append)) != []
+    assert sum(counted) == 2 * container.path.stat().st_size

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from accord.cli.screen import screen
+from accord.cli.screen import screen, watched
 from accord.data.containers import parts_of
 from accord.data.convert import KINDS, convert_groups, nothing_fits, writing
 from accord.data.formats import FORMATS
@@ -144,7 +144,7 @@ def _examine(path: Path, format: str | None, mapping: Mapping[str, str]) -> tupl
     scanned = None
     try:
         scanned = scan(path, format=format, fields=mapping)
-        for _ in scanned:
+        for _ in watched(scanned):
             pass
     except DataError as error:
         return scanned, str(error)
@@ -212,7 +212,7 @@ def _convert(args: argparse.Namespace) -> int:
     scanned = scan(args.input, format=args.format, fields=_mapping(args.map))
     dropped, kinds, written = Counter[str](), Counter[GroupKind](), 0
     with writing(args.output) as write:
-        for group in convert_groups(scanned, to, dropped, kinds):
+        for group in convert_groups(watched(scanned), to, dropped, kinds):
             write(group)
             written += 1
         if scanned.problem_count and (not args.lenient or not scanned.usable):
@@ -234,7 +234,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _stats(args: argparse.Namespace) -> int:
     scanned = scan(args.file, format=args.format, fields=_mapping(args.map))
-    stats = data_stats(scanned)
+    stats = data_stats(watched(scanned))
     if not scanned.usable:
         raise DataError(scanned.refusal())
     exit_code = DataError.exit_code if scanned.problem_count else 0

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -28,6 +30,10 @@ __all__ = ["Container", "RawRow", "open_container", "parts_of"]
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
 MAX_ROW_BYTES = 64 << 20  # one row larger than this is a mistake, and would make memory unbounded
 HEAD_BYTES = 1 << 16
+BUFFER_BYTES = 1 << 17
+
+Count = Callable[[int], None]
+"""Told how many bytes of the file, as it lies on the disk, were read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +47,13 @@ class RawRow:
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """A file whose kind is known. `rows()` may be called more than once; each call reads the file again."""
+    """A file whose kind is known. `rows` may be called more than once; each call reads the file again and tells its
+    argument of the bytes that it reads."""
 
     path: Path
     kind: str  # "JSON", "JSON Lines", "CSV", "TSV", "Parquet", "text"
     notes: tuple[str, ...]
-    rows: Callable[[], Iterator[RawRow]]
+    rows: Callable[[Count], Iterator[RawRow]]
 
 
 def parts_of(path: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
@@ -76,9 +83,8 @@ def parts_of(path: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
 
 def open_container(path: Path) -> Container:
     """Find out what a file holds from its first bytes (its name only breaks ties) and return a reader for it."""
-    with _refusing_damage(path), _open(path) as stream:
+    with _refusing_damage(path), _open(path) as (stream, compressed):
         head = stream.read(HEAD_BYTES)
-        compressed = isinstance(stream, gzip.GzipFile)
     _refuse_what_is_not_data(path, head)
     notes = []
     if compressed != (path.suffix == ".gz"):
@@ -91,8 +97,8 @@ def open_container(path: Path) -> Container:
     if kind.startswith("JSON") and _suffix(path) not in {".json", ".jsonl", ".ndjson"}:
         notes.append(f"holds {kind} whatever its name says")
 
-    def rows() -> Iterator[RawRow]:
-        with _refusing_damage(path), _open(path) as stream:
+    def rows(count: Count) -> Iterator[RawRow]:
+        with _refusing_damage(path), _open(path, count) as (stream, _):
             yield from _READERS[kind](path, stream)
 
     return Container(path, kind, tuple(notes), rows)
@@ -101,12 +107,30 @@ def open_container(path: Path) -> Container:
 # --- opening ---------------------------------------------------------------------------------------------------------
 
 
-def _open(path: Path) -> BinaryIO:
-    raw = path.open("rb")
-    if raw.peek(2)[:2] != b"\x1f\x8b":
-        return raw
-    raw.close()  # GzipFile closes only what it opened itself
-    return gzip.GzipFile(path)  # type: ignore[return-value]
+class _CountedFile(io.FileIO):
+    """A file that says how many bytes were read from it."""
+
+    def __init__(self, path: Path, count: Count | None) -> None:
+        super().__init__(path)
+        self._count = count
+
+    def readinto(self, buffer: object, /) -> int:
+        number = super().readinto(buffer)  # type: ignore[arg-type]
+        if self._count is not None:
+            self._count(number)
+        return number
+
+
+@contextmanager
+def _open(path: Path, count: Count | None = None) -> Iterator[tuple[BinaryIO, bool]]:
+    """The file's bytes, unpacked if they are compressed, and whether they are."""
+    with io.BufferedReader(_CountedFile(path, count), BUFFER_BYTES) as packed:
+        if packed.peek(2)[:2] != b"\x1f\x8b":
+            yield packed, False
+        else:
+            # Its own readline is written in Python; that of a buffer before it is not.
+            with io.BufferedReader(gzip.GzipFile(fileobj=packed), BUFFER_BYTES) as stream:  # type: ignore[arg-type]
+                yield stream, True
 
 
 class _refusing_damage:
@@ -293,7 +317,8 @@ def _parquet(path: Path, stream: BinaryIO) -> Iterator[RawRow]:
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(stream, pre_buffer=False)
+        # Without a buffer of its own it would hold whole columns of a row group, often a million rows.
+        file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=BUFFER_BYTES)
         number = 0
         for batch in file.iter_batches(batch_size=256, use_threads=False):
             for value in batch.to_pylist():

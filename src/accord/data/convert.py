@@ -83,7 +83,7 @@ def convert_groups(
             if made.margin is not None and made.margin < 0:
                 dropped["pairs whose scores contradict their order"] += 1
             else:
-                yield replace(made, origin=group.origin)
+                yield made.at(group.origin)
 
 
 def nothing_fits(to: GroupKind, dropped: Counter[str], kinds: Counter[GroupKind]) -> str:

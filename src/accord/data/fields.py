@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import groupby
 
 from accord.data.hh import is_transcript_prompt, parse_transcript
@@ -89,18 +90,22 @@ class Row:
 
     def get(self, *names: str) -> object:
         """The first of the names that is there, marked as used; None when none is."""
-        name = self.name(*names)
+        name = names[0] if len(names) == 1 else self.name(*names)
         self._used.add(name)
         return self._fields.get(name)
 
     def name(self, *names: str) -> str:
         """Which of the names this row uses (the first when it has none), for messages."""
-        return next((name for name in names if name in self._fields), names[0])
+        for name in names:  # the innermost loop of reading a file
+            if name in self._fields:
+                return name
+        return names[0]
 
     def unused(self) -> list[str]:
         return [name for name in self._fields if name not in self._used]
 
 
+@lru_cache(maxsize=1024)
 def _plain(key: object) -> str:
     return str(key).strip().lower().replace(" ", "_")
 
@@ -206,6 +211,8 @@ def _learn(value: Mapping[str, object], field: str) -> bool:
 
 def turns_or_text(value: object, field: str, role: str, left_out: Counter[str]) -> tuple[Message, ...]:
     """A message list, one message, or plain text spoken by `role`."""
+    if isinstance(value, str):
+        return (Message(role, text(value, field)),)
     if isinstance(value, Mapping):
         return turns([value], field, left_out)
     if isinstance(value, list):
@@ -233,24 +240,29 @@ def prompt_of(row: Row) -> tuple[Message, ...]:
 
 def _history(row: Row) -> tuple[Message, ...]:
     """Earlier [question, answer] turns, as Alpaca files write them."""
-    history = row.get("history") or []
+    history = row.get("history")
+    if not history:
+        return ()
     if not isinstance(history, list) or any(not isinstance(turn, list) or len(turn) != 2 for turn in history):
         raise UnusableRow("history", describe(history), "a list of [question, answer]", "Correct the history.")
     spoken = ((role, said) for turn in history for role, said in zip(("user", "assistant"), turn, strict=True))
     return tuple(Message(role, text(said, "history")) for role, said in spoken)
 
 
+_FOLLOWS = {
+    "the start": ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("tool", "assistant", "user"),
+}
+
+
 def check_order(messages: Sequence[Message], field: str) -> None:
     """System first if at all, then user; no two user or assistant turns in a row; tool results follow the assistant."""
     before = "the start"
     for index, message in enumerate(messages):
-        allowed = {
-            "the start": ("system", "user"),
-            "system": ("user",),
-            "user": ("assistant",),
-            "assistant": ("user", "tool"),
-            "tool": ("tool", "assistant", "user"),
-        }[before]
+        allowed = _FOLLOWS[before]
         if message.role not in allowed:
             found = f"a turn by {message.role} after {before if before == 'the start' else 'a turn by ' + before}"
             where = f"{field} (turn {index + 1})"
@@ -278,6 +290,8 @@ def completion(
 def check_scores(completions: Sequence[Completion], fields: Sequence[str]) -> None:
     """Ranks and scores must not contradict each other: an answer of worse rank has no higher score. `fields` names
     the answers."""
+    if all(item.score is None for item in completions):
+        return
     judged = sorted(
         (item.rank, item.score, field)
         for item, field in zip(completions, fields, strict=True)

@@ -23,6 +23,7 @@ from accord.records import Group
 __all__ = ["MAX_PROBLEMS", "ReadResult", "Scan", "left_out_notes", "read_groups", "read_row", "scan"]
 
 MAX_PROBLEMS = 100  # how many problems are kept; all are counted
+MAX_NOTES = 1000  # names of columns that are kept: a file may have other ones in every row
 SHOWN_PROBLEMS = 10
 SHOWN_COLUMNS = 8
 DETECT_ROWS = 32
@@ -132,7 +133,9 @@ class Scan:
         self._notes, self._forced = notes, forced
         self.rows, self.usable, self.problem_count = 0, 0, 0
         self.problems: list[Problem] = []
+        self.bytes_read, self.bytes_total = 0, sum(container.path.stat().st_size for container in containers)
         self._left_out: Counter[str] = Counter()
+        self._left_out_of_row: Counter[str] = Counter()
 
     @property
     def format(self) -> str:
@@ -152,7 +155,7 @@ class Scan:
 
     def __iter__(self) -> Iterator[Group]:
         line = 0
-        for raw in chain.from_iterable(container.rows() for container in self._containers):
+        for raw in chain.from_iterable(container.rows(self._count_bytes) for container in self._containers):
             self.rows += 1
             # When many rows share a line (an array written without line breaks) the line alone does not find the row.
             where, line = f"row {self.rows}, " if raw.origin.line == line else "", raw.origin.line
@@ -162,7 +165,11 @@ class Scan:
                 self._add(replace(error.at(raw.origin), field=where + error.field))
                 continue
             self.usable += 1
-            yield from (replace(group, origin=raw.origin) for group in groups)
+            for group in groups:
+                yield group.at(raw.origin)
+
+    def _count_bytes(self, count: int) -> None:
+        self.bytes_read += count
 
     def _add(self, problem: Problem) -> None:
         self.problem_count += 1
@@ -172,7 +179,8 @@ class Scan:
     def _read(self, raw: RawRow) -> tuple[Group, ...]:
         if raw.problem is not None:
             raise raw.problem
-        left_out: Counter[str] = Counter()
+        left_out = self._left_out_of_row
+        left_out.clear()
         row = _row(raw.value, self._mapping, left_out)
         groups = self._format.read(row)
         own = None if self._forced else detect_format(row)
@@ -180,9 +188,17 @@ class Scan:
             found = f"a row of the format {own.name}"
             fix = f"Put it in a file of its own, or force --format {self._format.name}."
             raise UnusableRow("row", found, f"{self._format.name}, as in the rest of the file", fix)
-        self._left_out.update(left_out)
-        self._left_out.update(f"column {name}" for name in row.unused())
+        for name, count in left_out.items():
+            self._left_out[name] += count
+        for name in row.unused():
+            self._note_column(f"column {name}")
         return groups
+
+    def _note_column(self, name: str) -> None:
+        if name in self._left_out or len(self._left_out) < MAX_NOTES:
+            self._left_out[name] += 1
+        else:
+            self._left_out["(columns beside those named, too many names to keep)"] += 1
 
     def notes(self) -> tuple[str, ...]:
         """What the file held that is not used, and oddities of the file itself."""
@@ -258,7 +274,7 @@ def _follow(value: object, path: str) -> object:
 
 def _sample(container: Container, mapping: Mapping[str, str]) -> list[object]:
     """The first rows that can be parsed. Raises DataError when there are none, or when a mapped path leads nowhere."""
-    first = list(islice(container.rows(), DETECT_ROWS))
+    first = list(islice(container.rows(lambda count: None), DETECT_ROWS))
     sample = [raw.value for raw in first if raw.problem is None]
     if not first:
         raise DataError(f"{container.path}: the file holds no rows.")

@@ -1,6 +1,7 @@
 """What a file of groups holds, in numbers: kinds, lengths, turns, duplicates, biases, languages. One pass.
 
-Lengths are kept as 32-bit numbers and duplicates as 8-byte hashes, so a million rows take tens of megabytes.
+What grows with the rows is 16 bytes a group (63-bit hashes, to count duplicates exactly but for a chance of n^2 / 2^64
+that two of n contents share one) and 8 bytes a margin or score. Lengths are counted by value.
 """
 
 from __future__ import annotations
@@ -9,6 +10,10 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from string import ascii_letters
+
+import numpy as np
+from numpy.typing import NDArray
 
 from accord.records import Completion, Group, GroupKind, Message, content_id
 
@@ -16,6 +21,7 @@ __all__ = ["DataStats", "Lengths", "data_stats", "words"]
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 BINS = 12
+LETTERS = ascii_letters.encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +81,12 @@ def words(text: str) -> int:
     return cjk + len("".join(" " if _is_cjk(char) else char for char in text).split()) if cjk else len(text.split())
 
 
+def _letters(text: str) -> int:
+    if text.isascii():
+        return len(text) - len(text.encode().translate(None, LETTERS))
+    return sum(map(str.isalpha, text))
+
+
 def _is_cjk(char: str) -> bool:
     return "぀" <= char <= "ヿ" or "㐀" <= char <= "鿿" or "가" <= char <= "힣" or "\U00020000" <= char <= "\U0003134f"
 
@@ -86,10 +98,9 @@ class _Counts:
         self.kinds: Counter[GroupKind] = Counter()
         self.turns: Counter[int] = Counter()
         self.sizes: Counter[int] = Counter()
-        self.lengths = {name: array("I") for name in ("prompt_c", "prompt_w", "completion_c", "completion_w")}
+        self.lengths = {name: Counter[int]() for name in ("prompt_c", "prompt_w", "completion_c", "completion_w")}
         self.margins, self.scores = array("d"), array("d")
-        self.prompts: set[int] = set()
-        self.contents: set[int] = set()
+        self.prompts, self.contents = array("q"), array("q")
         self.groups = self.pairs = self.longer = self.ties = self.labels = self.desirable = 0
         self.letters = self.cjk = 0
 
@@ -97,8 +108,8 @@ class _Counts:
         self.groups += 1
         self.kinds[group.kind] += 1
         self.sizes[len(group.completions)] += 1
-        self.prompts.add(group.prompt_id)
-        self.contents.add(content_id([_plain(group.prompt), *(_plain(item.messages) for item in group.completions)]))
+        self.prompts.append(group.prompt_id)
+        self.contents.append(content_id([_plain(group.prompt), *(_plain(item.messages) for item in group.completions)]))
         if group.prompt:
             self._measure("prompt", group.prompt)
         for item in group.completions:
@@ -112,10 +123,10 @@ class _Counts:
             self._preference(group)
 
     def _measure(self, what: str, messages: tuple[Message, ...]) -> None:
-        self.lengths[f"{what}_c"].append(sum(len(message.content) for message in messages))
-        self.lengths[f"{what}_w"].append(sum(words(message.content) for message in messages))
+        self.lengths[f"{what}_c"][sum(len(message.content) for message in messages)] += 1
+        self.lengths[f"{what}_w"][sum(words(message.content) for message in messages)] += 1
         for message in messages:
-            self.letters += sum(map(str.isalpha, message.content))
+            self.letters += _letters(message.content)
             self.cjk += sum(map(_is_cjk, message.content)) if not message.content.isascii() else 0
 
     def _judgement(self, item: Completion) -> None:
@@ -138,19 +149,19 @@ class _Counts:
         return DataStats(
             groups=self.groups,
             kinds=dict(self.kinds),
-            prompt_characters=_lengths(self.lengths["prompt_c"]),
-            prompt_words=_lengths(self.lengths["prompt_w"]),
-            completion_characters=_lengths(self.lengths["completion_c"]),
-            completion_words=_lengths(self.lengths["completion_w"]),
+            prompt_characters=_counted(self.lengths["prompt_c"]),
+            prompt_words=_counted(self.lengths["prompt_w"]),
+            completion_characters=_counted(self.lengths["completion_c"]),
+            completion_words=_counted(self.lengths["completion_w"]),
             turns=dict(sorted(self.turns.items())),
             completions_per_group=dict(sorted(self.sizes.items())),
-            duplicate_prompts=self.groups - len(self.prompts),
-            duplicate_groups=self.groups - len(self.contents),
+            duplicate_prompts=_repeated(self.prompts),
+            duplicate_groups=_repeated(self.contents),
             chosen_longer_fraction=self.longer / self.pairs if self.pairs else None,
             ties=self.ties,
             desirable_fraction=self.desirable / self.labels if self.labels else None,
-            margins=_lengths(self.margins),
-            scores=_lengths(self.scores),
+            margins=_listed(self.margins),
+            scores=_listed(self.scores),
             cjk_fraction=self.cjk / self.letters if self.letters else None,
         )
 
@@ -159,14 +170,32 @@ def _plain(messages: tuple[Message, ...]) -> list[list[str]]:
     return [[message.role, message.content] for message in messages]
 
 
-def _lengths(values: array[int] | array[float]) -> Lengths | None:
-    """Quantiles by the nearest rank: the value at position round(q (n - 1)) in increasing order."""
-    if not values:
+def _repeated(hashes: array[int]) -> int:
+    """How many of the hashes stood before."""
+    ordered = np.array(hashes, dtype=np.int64)
+    ordered.sort()
+    return int(np.count_nonzero(ordered[1:] == ordered[:-1]))
+
+
+def _counted(counts: Counter[int]) -> Lengths | None:
+    values = np.array(sorted(counts), dtype=np.int64)
+    return _lengths(values, np.array([counts[value] for value in values.tolist()], dtype=np.int64))
+
+
+def _listed(values: array[float]) -> Lengths | None:
+    return _lengths(*np.unique(np.array(values, dtype=np.float64), return_counts=True))
+
+
+def _lengths(values: NDArray[np.int64] | NDArray[np.float64], counts: NDArray[np.int64]) -> Lengths | None:
+    """Of different values in increasing order, each `counts` times. Quantiles by the nearest rank: the value at
+    position round(q (n - 1)) in increasing order."""
+    if not len(values):
         return None
-    ordered = sorted(values)
-    low, high = ordered[0], ordered[-1]
-    histogram = [0] * BINS
-    for value in ordered:
-        histogram[min(int((value - low) / (high - low) * BINS), BINS - 1) if high > low else 0] += 1
-    quantiles = tuple(float(ordered[round(q * (len(ordered) - 1))]) for q in QUANTILES)
-    return Lengths(len(ordered), sum(ordered) / len(ordered), quantiles, tuple(histogram))
+    low, high, count = values[0].item(), values[-1].item(), int(counts.sum())
+    bins = (
+        ((values - low) / (high - low) * BINS).astype(np.int64).clip(max=BINS - 1) if high > low else [0] * len(values)
+    )
+    histogram = np.bincount(bins, weights=counts, minlength=BINS).astype(np.int64)
+    places = np.searchsorted(counts.cumsum(), [round(q * (count - 1)) for q in QUANTILES], side="right")
+    mean = float((values * counts).sum()) / count
+    return Lengths(count, mean, tuple(float(value) for value in values[places]), tuple(histogram.tolist()))
