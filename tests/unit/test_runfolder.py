@@ -153,7 +153,7 @@ def test_any_configuration_is_recognised_as_itself(config: dict[str, Any]) -> No
 def test_a_changed_thread_count_is_noted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     open_run(tmp_path).__exit__()
     changed = runfolder.environment() | {"threads": 64, "platform": "elsewhere"}
-    monkeypatch.setattr(runfolder, "environment", lambda: changed)
+    monkeypatch.setattr(runfolder, "environment", lambda device: changed)
     with open_run(tmp_path) as run:
         (note,) = run.notes
     assert "threads" in note

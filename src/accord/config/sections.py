@@ -77,6 +77,12 @@ class ModelConfig(Section):
         description="`shared` runs each prompt once for all its completions; `plain` is one row a completion; `auto` "
         "shares when it saves work and the start-up self-check proves both agree on this model.",
     )
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$",
+        description="Where models run: `cpu`, `cuda`, `cuda:1`; `auto` is the first GPU where there is one, else the "
+        "CPU.",
+    )
     adapter: AdapterConfig | None = Field(None, description="Train low-rank adapters. Unset: all weights.")
     trainable_blocks: int | None = Field(
         None,

@@ -156,7 +156,7 @@ def run_annotators(context: Context, compared: int = NUM_COMPARED) -> dict[str, 
     assert folder is not None
 
     def body(run: RunFolder) -> dict[str, Any]:
-        policy = LoadedPolicy.from_folder(folder, "auto")
+        policy = LoadedPolicy.of(context, folder)
         asked = prompts(compared, context.seed + 2, "train")
         sampling = Sampling(MAX_NEW_TOKENS, stop_ids=policy.template.stop_ids)
         wanted = [PromptTokens(policy.template.prompt_ids(p.group.prompt), p.group.prompt_id) for p in asked]

@@ -203,7 +203,7 @@ def _ilql_result(context: Context, walks: RandomWalks, seconds: float) -> WalksR
     """ILQL has a policy for each beta: the evaluation is that of its own, beside the optimality of several."""
     section = context.recipe.ilql
     assert section is not None
-    reference, _ = load_policy(context.root / "sft" / "model")
+    reference, _ = load_policy(context.root / "sft" / "model", device=context.device)
     exact = {
         beta: shaped_evaluation(
             context.root / "ilql" / "model", reference, walks,
@@ -219,14 +219,16 @@ def _ilql_result(context: Context, walks: RandomWalks, seconds: float) -> WalksR
 
 
 def _exact(context: Context, walks: RandomWalks, method: str, kl_coef: float) -> WalksEvaluation:
-    reference, tokenizer = load_policy(context.root / "sft" / "model")
+    reference, tokenizer = load_policy(context.root / "sft" / "model", device=context.device)
     tokens: dict[str, Any] = {
         "letter_ids": [tokenizer.convert_tokens_to_ids(letter) for letter in ALPHABET],
         "eos_id": tokenizer.eos_token_id,
     }
     if context.recipe.bestofn is not None:
         return best_of_n_evaluation(reference, walks, context.recipe.bestofn.n, kl_coef=kl_coef, **tokens)
-    policy = reference if method == "sft" else load_policy(context.root / method / "model")[0]
+    policy = reference
+    if method != "sft":
+        policy, _ = load_policy(context.root / method / "model", device=context.device)
     return exact_evaluation(
         policy,
         reference,

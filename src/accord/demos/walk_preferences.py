@@ -36,7 +36,7 @@ def with_preferences(context: Context, walks: RandomWalks, labels: Literal["soft
     assert folder is not None
 
     def body(run: RunFolder) -> dict[str, Any]:
-        policy = LoadedPolicy.from_folder(folder, context.recipe.model.template)
+        policy = LoadedPolicy.of(context, folder)
         sampling = Sampling(MAX_NODES - 1, stop_ids=policy.template.stop_ids)
         prompts = [Group((Message("user", letter),)) for letter in walks.prompts]
         wanted = [PromptTokens(policy.template.prompt_ids(g.prompt), g.prompt_id) for g in prompts]

@@ -51,7 +51,7 @@ def shaped_evaluation(
     folder: Path, reference: Any, walks: RandomWalks, *, beta: float, num_samples: int, key: tuple[int | str, ...]
 ) -> WalksEvaluation:
     """The exact evaluation of the policy and heads in `folder` when they are sampled with `beta`."""
-    policy, tokenizer = load_policy(folder)
+    policy, tokenizer = load_policy(folder, device=reference.device)
     return exact_evaluation(
         ShapedPolicy(load_heads(policy, folder)[0], beta),  # pyright: ignore[reportArgumentType]  (read as a model)
         reference,

@@ -182,7 +182,7 @@ def kl_to(reference: Contestant, model: Contestant, answers: Answers, *, tempera
     totals: dict[int, float] = {}
     places = list(enumerate(answers.tokens))
     for rows in micro_batches(places, lambda row: row[1].num_tokens, lambda _: 1, budget):
-        batch = collate([group for _, group in rows], layout="plain", pad_id=model.pad_id)
+        batch = collate([group for _, group in rows], layout="plain", pad_id=model.pad_id, device=model.model.device)
         ours, theirs = (contestant.logprobs(batch, temperature=temperature) for contestant in (model, reference))
         for (index, _), value in zip(rows, kl_k1(ours, theirs).sum(1).tolist(), strict=True):
             totals[index] = value
@@ -194,7 +194,7 @@ def reference_perplexity(contestant: Contestant, groups: Sequence[TokenGroup], b
     """(summed negative log-likelihood in nats, counted tokens) of reference answers under the model."""
     nll = tokens = 0.0
     for rows in micro_batches(groups, lambda g: g.num_tokens, lambda _: 1, budget):
-        batch = collate(rows, layout="plain", pad_id=contestant.pad_id)
+        batch = collate(rows, layout="plain", pad_id=contestant.pad_id, device=contestant.model.device)
         nll -= float(contestant.logprobs(batch, mask="loss").sum())
         tokens += float(batch.completion_mask.sum())
     return nll, tokens

@@ -88,7 +88,7 @@ def run_evaluate(context: Context) -> dict[str, Any]:
         if gold is not None:
             judges["gold"] = gold
         if reward_folder is not None:
-            model, tokenizer = load_reward_model(reward_folder)
+            model, tokenizer = load_reward_model(reward_folder, device=context.device)
             judges["reward model"] = model_scorer(context, model, tokenizer, section.micro_batch_tokens, reward_folder)
         contestants = {
             name: _contestant(context, name, folder, chooser if name == BEST_OF_N else None, run.path)
@@ -147,7 +147,7 @@ def _contestant(
     context: Context, name: str, folder: Path | str, chooser: Judges | None, stage_folder: Path
 ) -> Contestant:
     """A model that has Q heads answers as they shape it; one with a chooser, with the best of several answers."""
-    policy = LoadedPolicy.from_folder(folder, context.recipe.model.template)
+    policy = LoadedPolicy.of(context, folder)
     model = ShapedPolicy(*load_heads(policy.model, folder)) if has_heads(folder) else policy.model
     section = context.recipe.bestofn
     if chooser is None or section is None:

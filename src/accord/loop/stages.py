@@ -139,7 +139,7 @@ class _Drawn:
     ) -> list[tuple[Group, list[tuple[str, bool]]]]:
         """For each prompt that fits, `n` answers as (text, whether it ended by itself)."""
         context, section, data = self._context, self._section, self._context.recipe.data
-        loaded = LoadedPolicy.from_folder(policy.model, context.recipe.model.template)
+        loaded = LoadedPolicy.of(context, policy.model)
         room = data.max_tokens - section.max_new_tokens
         limits = {"max_tokens": room, "max_prompt_tokens": min(room, data.max_prompt_tokens or room)}
         prompts = tokenised(context, list(groups), loaded.template, "prompts", **limits)
@@ -245,7 +245,7 @@ def labels_of(root: Path, name: str) -> Part:
 
 
 def _old_scorer(context: Context, folder: Path, budget: int) -> Scorer:
-    model, tokenizer = load_reward_model(folder)
+    model, tokenizer = load_reward_model(folder, device=context.device)
     return model_scorer(context, model, tokenizer, budget, folder)
 
 

@@ -134,7 +134,7 @@ def run_bestofn(context: Context) -> dict[str, Any]:
     def body(run: RunFolder) -> dict[str, Any]:
         for note in part.notes:
             context.say(note)
-        policy = LoadedPolicy.from_folder(start, context.recipe.model.template)
+        policy = LoadedPolicy.of(context, start)
         prompts = step_prompts(context, policy, section.max_new_tokens)[: section.prompts]
         scorer, _ = judges.scorer(context, section.micro_batch_tokens, policy, run.path)
         drawing = Drawing(NativeSampler(policy.model, pad_id=policy.pad_id), policy.template, scorer, judges.gold)

@@ -23,6 +23,7 @@ from accord.methods.catalogue import STAGES
 from accord.methods.corpus import Corpus, Part
 from accord.models.adapters import add_adapter, fold_adapter, has_adapter, save_adapter
 from accord.models.blocks import train_top_blocks
+from accord.models.device import choose_device
 from accord.models.layout import Layout, layout_cost
 from accord.models.load import ModelShape, build_model, load_policy, save_model
 from accord.models.paths import check_model_path
@@ -76,6 +77,11 @@ class Context:
     def seed(self) -> int:
         return self.recipe.seed
 
+    @property
+    def device(self) -> torch.device:
+        """Where models are. Raises ConfigError for a device that is not there."""
+        return choose_device(self.recipe.model.device)
+
     def say(self, text: str) -> None:
         """A plain line for people."""
         self.console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
@@ -99,15 +105,20 @@ class LoadedPolicy:
         save_trained(self.model, self.template.tokenizer, folder, start=self.start, card=card, stop_ids=stop_ids)
 
     @classmethod
-    def from_folder(cls, folder: Path | str, choice: str) -> LoadedPolicy:
-        model, tokenizer = load_policy(folder)
+    def from_folder(cls, folder: Path | str, choice: str, device: torch.device | str = "cpu") -> LoadedPolicy:
+        model, tokenizer = load_policy(folder, device=device)
         return cls(model, Template.of(tokenizer, choice), folder)
 
     @classmethod
+    def of(cls, context: Context, folder: Path | str) -> LoadedPolicy:
+        """The model of a folder, where the recipe wants models and with its template."""
+        return cls.from_folder(folder, context.recipe.model.template, context.device)
+
+    @classmethod
     def to_train(cls, context: Context, folder: Path | str, stage: str) -> LoadedPolicy:
-        """The policy a stage trains: as `from_folder`, with a fresh adapter if the recipe has one, or with its lower
+        """The policy a stage trains: as `of`, with a fresh adapter if the recipe has one, or with its lower
         blocks frozen. That changes no bit, so this is the reference too, as long as nothing has been trained."""
-        policy = cls.from_folder(folder, context.recipe.model.template)
+        policy = cls.of(context, folder)
         adapt(context, policy.model, stage)
         return policy
 
@@ -168,7 +179,7 @@ def run_stage(
         "guards": context.recipe.guards.model_dump(mode="json"),
     }
     started = time.monotonic()
-    with RunFolder.open(folder, resolved_config=resolved, fingerprints=sources) as run:
+    with RunFolder.open(folder, resolved_config=resolved, fingerprints=sources, device=str(context.device)) as run:
         summary = run.finished
         if summary is not None:
             context.say("already finished; delete the folder to run it again")
@@ -205,9 +216,11 @@ def _with_guards(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _model_settings(context: Context, stage: str) -> dict[str, Any]:
-    """The model's settings a stage depends on: only one that trains depends on what of a model is trained."""
+    """The model's settings a stage depends on: only one that trains depends on what of a model is trained. Where models
+    are does not make it another run (see `environment_changes`)."""
     trains = stage in STAGES and STAGES[stage].trained > 0
-    return context.recipe.model.model_dump(mode="json", exclude=None if trains else {"adapter", "trainable_blocks"})
+    unread = set() if trains else {"adapter", "trainable_blocks"}
+    return context.recipe.model.model_dump(mode="json", exclude=unread | {"device"})
 
 
 def _tell(context: Context, summary: Mapping[str, Any]) -> None:

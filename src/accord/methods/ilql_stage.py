@@ -56,12 +56,12 @@ def measured(
     last_q: list[float] = []
     returns: list[float] = []
     for items_of_pass in group_passes(items, objective.tokens, layout, budget):
-        batch = collate([item.tokens for item in items_of_pass], layout=layout, pad_id=pad_id)
+        batch = collate([item.tokens for item in items_of_pass], layout=layout, pad_id=pad_id, device=model.device)
         with torch.no_grad():
             scores = model(batch)
             _, part = objective.loss_of(scores, items_of_pass, batch, 1.0)
         sums = {name: sums.get(name, 0.0) + value for name, value in part.items()}
-        columns = torch.arange(batch.completion_mask.shape[1])
+        columns = torch.arange(batch.completion_mask.shape[1], device=model.device)
         last = columns.where(batch.completion_mask, -1).amax(dim=1)
         last_q += scores.target_q.amin(dim=0).gather(1, last[:, None])[:, 0].tolist()
         returns += [value for item in items_of_pass for value in item.returns]

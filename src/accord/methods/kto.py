@@ -196,9 +196,9 @@ class JudgedObjective:
 
     def loss_of(self, items: Sequence[JudgedAnswer], logprobs: Tensor, step: JudgedStep) -> tuple[Tensor, Sums]:
         """The loss of these answers, given the policy's log-probability of each, (C,), summed over its tokens."""
-        desirable = torch.tensor([item.desirable for item in items])
+        desirable = torch.tensor([item.desirable for item in items], device=logprobs.device)
         reference = logprobs.new_tensor([item.ref_logprob for item in items])
-        result = self._loss_of_answers(logprobs, reference, desirable, step.point, step.count)
+        result = self._loss_of_answers(logprobs, reference, desirable, step.point.to(logprobs.device), step.count)
         detached = logprobs.detach()
         return result.loss, {
             "loss": float(result.loss_sum),

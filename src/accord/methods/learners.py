@@ -95,8 +95,8 @@ class _PolicyGradient:
 
     def loss(self, scores: TokenScores, part: Part, lesson: Lesson, size: Size) -> tuple[Tensor, Sums]:
         assert lesson.advantages is not None and lesson.weights is not None and scores.entropies is not None
-        weights = lesson.weights[part.rows, : part.mask.shape[1]]
-        loss, sums = self.action_loss(scores, part, lesson.advantages[part.rows], weights, size)
+        weights = part.of(lesson.weights)
+        loss, sums = self.action_loss(scores, part, part.of(lesson.advantages), weights, size)
         entropy = entropy_loss(scores.entropies, part.mask, num_tokens=size.tokens)
         return loss + self.section.entropy_coef * entropy.loss, sums
 

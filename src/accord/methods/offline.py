@@ -118,7 +118,7 @@ class OfflineTrainer(Generic[Item]):
         for items in passes:
             with phase("data"):
                 groups = [self._objective.tokens(item) for item in items]
-                batch = collate(groups, layout=self._layout, pad_id=self._pad_id)
+                batch = collate(groups, layout=self._layout, pad_id=self._pad_id, device=self._model.device)
             with phase("forward"):
                 loss, part = self._objective.loss(self._model, items, batch, begun)
             with phase("backward"):
@@ -176,17 +176,17 @@ class OfflineTrainer(Generic[Item]):
 
 def sequence_logprobs(model: Any, groups: Sequence[TokenGroup], *, layout: Layout, pad_id: int, budget: int) -> Tensor:
     """(C,) log-probability of every completion's counted tokens, summed, in the groups' order; without gradient, in
-    float32 at least."""
+    float32 at least, on the CPU."""
     first = [0]
     for group in groups:
         first.append(first[-1] + len(group.completions))
     result = torch.zeros(first[-1], dtype=torch.promote_types(model.dtype, torch.float32))
     for indices in group_passes(range(len(groups)), lambda i: groups[i], layout, budget):
         with phase("data"):
-            batch = collate([groups[i] for i in indices], layout=layout, pad_id=pad_id)
+            batch = collate([groups[i] for i in indices], layout=layout, pad_id=pad_id, device=model.device)
         with torch.no_grad():
             sums = score_tokens(model, batch, mask="loss").logprobs.sum(1)
-        result[[row for i in indices for row in range(first[i], first[i + 1])]] = sums.to(result.dtype)
+        result[[row for i in indices for row in range(first[i], first[i + 1])]] = sums.to(result)
     return result
 
 

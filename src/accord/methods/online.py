@@ -127,7 +127,7 @@ class Part:
     """One forward pass's share of an update: its batch, and what the rollout knows of the same completions.
 
     groups        whose completions are in the batch, in its order
-    rows          (C,) int64   where the completions stand in the rollout
+    rows          (C,) int64   where the completions stand in the rollout; on the CPU, as the rollout
     mask          (C, T) bool  True = a token the policy wrote: these alone count in a loss
     old_logprobs, ref_logprobs  (C, T) nats
     """
@@ -138,6 +138,10 @@ class Part:
     mask: Tensor
     old_logprobs: Tensor
     ref_logprobs: Tensor
+
+    def of(self, values: Tensor) -> Tensor:
+        """This pass's part of what is known of the rollout, (C, T) or (C,), where its batch is."""
+        return _of_pass(values, self.rows, self.batch)
 
 
 def learned(rollout: Rollout) -> Choice:
@@ -178,12 +182,17 @@ def parts(
     for indices in group_passes(groups, lambda g: choice.groups[g], models.layout, budget):
         with phase("data"):
             chosen = tuple(choice.groups[g] for g in indices)
-            batch = collate(chosen, layout=models.layout, pad_id=pad_id)
+            batch = collate(chosen, layout=models.layout, pad_id=pad_id, device=models.policy.device)
             rows = torch.tensor([row for g in indices for row in choice.rows[g]])
-            width = batch.completion_mask.shape[1]
-            old, ref = rollout.old_logprobs[rows, :width], rollout.ref_logprobs[rows, :width]
+            old, ref = (_of_pass(x, rows, batch) for x in (rollout.old_logprobs, rollout.ref_logprobs))
             part = Part(batch, chosen, rows, batch.completion_mask, old, ref)
         yield part
+
+
+def _of_pass(values: Tensor, rows: Tensor, batch: CompletionBatch) -> Tensor:
+    """The rows of a rollout's (C, T) or (C,) values that a pass is about, as wide as its batch, where its batch is."""
+    chosen = values[rows] if values.dim() == 1 else values[rows, : batch.completion_mask.shape[1]]
+    return chosen.to(batch.completion_mask.device)
 
 
 def ratio_deviation(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> float:

@@ -48,7 +48,7 @@ def _imitation(context: Context, section: PPOConfig, cast: Cast) -> Imitation | 
 def _value_model(context: Context, section: PPOConfig, cast: Cast) -> Any:
     policy, reward_model = cast.policy.model, cast.reward_model
     if section.value_init not in ("reward", "policy"):
-        reward_model, _ = load_reward_model(section.value_init)
+        reward_model, _ = load_reward_model(section.value_init, device=context.device)
     if section.value_init != "policy" and reward_model is not None:
         if reward_model.config.vocab_size != policy.config.vocab_size:
             raise ConfigError(

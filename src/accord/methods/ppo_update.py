@@ -91,11 +91,10 @@ class Actor(_Learning):
     def accumulate(self, part: Part, signal: Signal, count: int) -> tuple[dict[str, float], float]:
         """Gradient of one forward pass's share of a minibatch of `count` tokens; sums over its tokens, and how far the
         ratio of one was from 1."""
-        section, mask, width = self.section, part.mask, part.mask.shape[1]
-        weights = signal.weights[part.rows, :width]
+        section, mask, weights = self.section, part.mask, part.of(signal.weights)
         scores = score_tokens(self.model, part.batch, temperature=section.temperature, with_entropy=True, mask="loss")
         policy = ppo_policy_loss(
-            scores.logprobs, part.old_logprobs, weights * signal.advantages[part.rows, :width], mask,
+            scores.logprobs, part.old_logprobs, weights * part.of(signal.advantages), mask,
             clip_range=section.clip_range, num_tokens=count,
         )  # fmt: skip
         assert scores.entropies is not None
@@ -148,10 +147,9 @@ class Critic(_Learning):
     @phase("forward")
     def accumulate(self, part: Part, signal: Signal, count: int) -> dict[str, float]:
         """Gradient of one forward pass's share of a minibatch of `count` tokens; sums over its tokens."""
-        rows, mask, width = part.rows, part.mask, part.mask.shape[1]
         clip = self.section.value_clip_range
         value = ppo_value_loss(
-            score_values(self.model, part.batch), signal.values[rows, :width], signal.returns[rows, :width], mask,
+            score_values(self.model, part.batch), part.of(signal.values), part.of(signal.returns), part.mask,
             value_clip_range=inf if clip is None else clip, num_tokens=count,
         )  # fmt: skip
         with phase("backward"):

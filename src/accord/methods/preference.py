@@ -158,7 +158,7 @@ class PairObjective:
 
     def loss_of(self, items: Sequence[RankedAnswers], logprobs: Tensor, step: StepCounts) -> tuple[Tensor, Sums]:
         """The loss of these items, given the policy's log-probability of each of their completions, (C,), summed."""
-        chosen, rejected = pair_indices(items)
+        chosen, rejected = pair_indices(items, logprobs.device)
         result = self._loss_of_pairs(self.inputs(items, logprobs), step.pairs)
         loss, detached = result.loss, logprobs.detach()
         sums = {
@@ -174,7 +174,7 @@ class PairObjective:
         if isinstance(result, OddsRatioLoss):
             sums |= {"nll": float(result.nll_sum), "odds_ratio_loss": float(result.odds_ratio_loss_sum)}
         if self._sft_coef:
-            best = logprobs[_best_indices(items)][:, None]
+            best = logprobs[_best_indices(items, logprobs.device)][:, None]
             # One entry an answer, the sum over its tokens; what it is divided by is the number of tokens.
             imitation = sft_loss(best, torch.ones_like(best, dtype=torch.bool), num_tokens=step.best_tokens)
             loss = loss + self._sft_coef * imitation.loss
@@ -184,9 +184,10 @@ class PairObjective:
 
     def inputs(self, items: Sequence[RankedAnswers], logprobs: Tensor) -> PairInputs:
         """What the pairs' loss reads, in the items' order."""
-        chosen, rejected = pair_indices(items)
+        device = logprobs.device
+        chosen, rejected = pair_indices(items, device)
         pairs = [pair for item in items for pair in item.pairs]
-        lengths = torch.tensor([length for item in items for length in item.lengths])
+        lengths = torch.tensor([length for item in items for length in item.lengths], device=device)
         known = [value for item in items for value in item.ref_logprobs]
         reference = logprobs.new_tensor(known) if known else torch.zeros_like(logprobs)
         scale = lengths.clamp_min(1) if self._average else 1
@@ -194,7 +195,8 @@ class PairObjective:
         return PairInputs(
             policy[chosen], policy[rejected], reference[chosen], reference[rejected],
             lengths[chosen], lengths[rejected],
-            torch.tensor([pair.margin for pair in pairs]), torch.tensor([pair.soft_label for pair in pairs]),
+            torch.tensor([pair.margin for pair in pairs], device=device),
+            torch.tensor([pair.soft_label for pair in pairs], device=device),
         )  # fmt: skip
 
     def margins(self, items: Sequence[RankedAnswers], logprobs: Tensor) -> list[float]:
@@ -285,12 +287,13 @@ def _offsets(items: Sequence[RankedAnswers]) -> list[int]:
     return offsets[:-1]
 
 
-def pair_indices(items: Sequence[RankedAnswers]) -> tuple[Tensor, Tensor]:
+def pair_indices(items: Sequence[RankedAnswers], device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
     """(G,) int64 each: the completion of every pair's chosen and rejected answer."""
     places = [(start, pair) for start, item in zip(_offsets(items), items, strict=True) for pair in item.pairs]
-    chosen = torch.tensor([start + pair.chosen for start, pair in places])
-    return chosen, torch.tensor([start + pair.rejected for start, pair in places])
+    chosen = torch.tensor([start + pair.chosen for start, pair in places], device=device)
+    return chosen, torch.tensor([start + pair.rejected for start, pair in places], device=device)
 
 
-def _best_indices(items: Sequence[RankedAnswers]) -> Tensor:
-    return torch.tensor([s + i for s, item in zip(_offsets(items), items, strict=True) for i in item.best])
+def _best_indices(items: Sequence[RankedAnswers], device: torch.device) -> Tensor:
+    places = [start + i for start, item in zip(_offsets(items), items, strict=True) for i in item.best]
+    return torch.tensor(places, device=device)

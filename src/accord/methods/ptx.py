@@ -44,7 +44,7 @@ class Imitation:
         sums: dict[str, float] = {}
         for items in group_passes(batch_items, lambda item: item, "plain", section.micro_batch_tokens):
             with phase("data"):
-                batch = collate(items, layout="plain", pad_id=self._pad_id)
+                batch = collate(items, layout="plain", pad_id=self._pad_id, device=model.device)
             logprobs = score_tokens(model, batch, mask="loss").logprobs
             result = sft_loss(logprobs, batch.completion_mask, num_tokens=count)
             with phase("backward"):

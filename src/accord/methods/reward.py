@@ -74,29 +74,31 @@ def compared(
     items: Sequence[Comparison], scores: Tensor, *, weights: Tensor | None = None, num_groups: Count | None = None
 ) -> RewardLoss:
     """`ranked_loss` of the items' completions, whose scores (C,) stand in the items' order."""
-    return ranked_loss(scores, *_labels(items), weights=weights, num_groups=num_groups, **_options(items))
+    labels, options = _labels(items, scores.device), _options(items, scores.device)
+    return ranked_loss(scores, *labels, weights=weights, num_groups=num_groups, **options)
 
 
-def _labels(items: Sequence[Comparison]) -> tuple[Tensor, Tensor]:
+def _labels(items: Sequence[Comparison], device: torch.device) -> tuple[Tensor, Tensor]:
     """(C,) ranks and group index."""
-    ranks = torch.tensor([rank for item in items for rank in item.ranks])
-    return ranks, torch.tensor([index for index, item in enumerate(items) for _ in item.ranks])
+    ranks = torch.tensor([rank for item in items for rank in item.ranks], device=device)
+    return ranks, torch.tensor([index for index, item in enumerate(items) for _ in item.ranks], device=device)
 
 
-def _options(items: Sequence[Comparison]) -> dict[str, Tensor]:
+def _options(items: Sequence[Comparison], device: torch.device) -> dict[str, Tensor]:
     return {
-        "margins": torch.tensor([item.margin for item in items]),
-        "soft_labels": torch.tensor([item.soft_label for item in items]),
+        "margins": torch.tensor([item.margin for item in items], device=device),
+        "soft_labels": torch.tensor([item.soft_label for item in items], device=device),
     }
 
 
 def read_scores(model: Any, items: Sequence[Comparison], *, layout: Layout, pad_id: int, budget: int) -> list[Tensor]:
-    """(n, K) scores of each item's n completions by every head of the model, in the items' order; without gradient."""
+    """(n, K) scores of each item's n completions by every head of the model, in the items' order; without gradient, on
+    the CPU."""
     result = [torch.empty(0)] * len(items)
     for indices in group_passes(range(len(items)), lambda i: items[i].tokens, layout, budget):
-        batch = collate([items[i].tokens for i in indices], layout=layout, pad_id=pad_id)
+        batch = collate([items[i].tokens for i in indices], layout=layout, pad_id=pad_id, device=model.device)
         with torch.no_grad():
-            scores = head_scores(model, batch)
+            scores = head_scores(model, batch).cpu()
         parts = scores.split([len(items[i].ranks) for i in indices])
         for index, part in zip(indices, parts, strict=True):
             result[index] = part
@@ -151,7 +153,7 @@ class LengthDecorrelation:
         """What a micro-batch, `share` of the step's items, adds to the loss: the gradient is its part of the step's,
         the value means nothing."""
         weights = score_head(model).weight
-        moved = (scores * torch.cat([slopes.of_item[id(item)] for item in items])).sum()
+        moved = (scores * torch.cat([slopes.of_item[id(item)] for item in items]).to(scores.device)).sum()
         return self._weight * (moved + share * alignment_penalty(weights[:-1], weights[-1]))
 
 
@@ -201,14 +203,14 @@ class RewardObjective:
         quality = scores[:, : self._heads]
         terms, sums = [], self._sums(items, quality.detach().mean(1))
         for head in range(self._heads):
-            weights, own = self._weights(items, head), quality[:, head]
+            weights, own = self._weights(items, head, scores.device), quality[:, head]
             if by_token is None:
                 judged = own if self._length is None else own + scores[:, self._heads]
                 term = compared(items, judged, weights=weights, num_groups=step.count).loss
             else:
                 span = divergence_span_loss(
-                    by_token[:, :, head], batch.completion_ids, batch.valid_mask, *_labels(items),
-                    weights=weights, num_groups=step.count, **_options(items),
+                    by_token[:, :, head], batch.completion_ids, batch.valid_mask, *_labels(items, own.device),
+                    weights=weights, num_groups=step.count, **_options(items, own.device),
                 )  # fmt: skip
                 term = span.loss
                 sums["span_loss"] = sums.get("span_loss", 0.0) + float(span.span_loss_sum) / self._heads
@@ -239,11 +241,12 @@ class RewardObjective:
             }
         return metrics
 
-    def _weights(self, items: Sequence[Comparison], head: int) -> Tensor | None:
+    def _weights(self, items: Sequence[Comparison], head: int, device: torch.device) -> Tensor | None:
         """(G,) how often each item counts for this head; None for a single head, which sees the data as it is."""
         if self._heads == 1:
             return None
-        return torch.tensor([float(bootstrap_weight(self._seed, head, item.tokens.prompt_id)) for item in items])
+        drawn = [float(bootstrap_weight(self._seed, head, item.tokens.prompt_id)) for item in items]
+        return torch.tensor(drawn, device=device)
 
     def _sums(self, items: Sequence[Comparison], scores: Tensor) -> Sums:
         """What the metrics are made of: the score that is used afterwards, on the data as it is."""

@@ -28,7 +28,7 @@ def reward_model_beside(context: Context, policy: LoadedPolicy, folder: Path | s
             context.say("one trunk for all roles: the reward model is an adapter on the policy's frozen weights")
             return _as_adapter(policy, Path(folder)), load_tokenizer(folder)
         context.say(f"the reward model is loaded beside the policy, with weights of its own: {obstacle}")
-    reward_model, tokenizer = load_reward_model(folder)
+    reward_model, tokenizer = load_reward_model(folder, device=context.device)
     if model.trainable_blocks is not None:
         saved = share_equal(reward_model, policy.model)
         context.say(

@@ -139,7 +139,7 @@ def run_reward(context: Context) -> dict[str, Any]:
     def body(run: RunFolder) -> dict[str, Any]:
         for note in part.notes:
             context.say(note)
-        policy = LoadedPolicy.from_folder(start, context.recipe.model.template)
+        policy = LoadedPolicy.of(context, start)
         train, held_out = split_holdout(part.groups, context.recipe.data.holdout)
         items = _comparisons(context, train, policy, section, "comparisons")
         tests = _comparisons(context, held_out, policy, section, "held-out comparisons")
@@ -285,7 +285,7 @@ def _last_states(model: Any, policy: LoadedPolicy, groups: Sequence[TokenGroup],
     """(C, H) hidden state of every completion's last token."""
     states = []
     for groups_of_pass in group_passes(groups, lambda g: g, "plain", budget):
-        batch = collate(groups_of_pass, layout="plain", pad_id=policy.pad_id)
+        batch = collate(groups_of_pass, layout="plain", pad_id=policy.pad_id, device=model.device)
         with torch.no_grad():
             states.append(last_hidden_states(model, batch))
     return torch.cat(states)

@@ -155,7 +155,7 @@ class RFTTrainer:
             count = sum(len(group.completions[0].ids) for group in batch_groups)
             for groups in group_passes(batch_groups, lambda g: g, self._layout, section.micro_batch_tokens):
                 with phase("data"):
-                    batch = collate(groups, layout=self._layout, pad_id=pad_id)
+                    batch = collate(groups, layout=self._layout, pad_id=pad_id, device=self._policy.device)
                 logprobs = score_tokens(self._policy, batch, mask="loss").logprobs
                 result = sft_loss(logprobs, batch.completion_mask, num_tokens=count)
                 with phase("backward"):

@@ -57,7 +57,7 @@ def holdout_of(context: Context, section: RolloutFields) -> JudgingModel | None:
     folder = section.holdout_reward_model
     if folder is None:
         return None
-    model, tokenizer = load_reward_model(folder)
+    model, tokenizer = load_reward_model(folder, device=context.device)
     return JudgingModel(model_scorer(context, model, tokenizer, section.micro_batch_tokens, folder), model)
 
 

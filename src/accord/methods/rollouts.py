@@ -35,7 +35,8 @@ Prompt = tuple[Group, TokenGroup]
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """All completions of one step. C completions in group order, T tokens of the longest.
+    """All completions of one step. C completions in group order, T tokens of the longest. Its tensors are on the CPU,
+    wherever the models are: they are small, and what is made of them for a whole step is too.
 
     groups        token groups, each prompt with its sampled completions
     conversations the same as messages, in the same order; without an environment each has one answer
@@ -243,11 +244,14 @@ def per_token(
     result = torch.zeros(first[-1], width)
     for indices in group_passes(range(len(groups)), lambda i: groups[i], models.layout, budget):
         with phase("data"):
-            batch = collate([groups[i] for i in indices], layout=models.layout, pad_id=models.template.pad_id)
+            batch = collate(
+                [groups[i] for i in indices],
+                layout=models.layout, pad_id=models.template.pad_id, device=models.policy.device,
+            )  # fmt: skip
         with torch.no_grad():
             values = function(batch)
         rows = [row for i in indices for row in range(first[i], first[i + 1])]
-        result[rows, : values.shape[1]] = values.to(result.dtype)
+        result[rows, : values.shape[1]] = values.to(result)
     return result
 
 

@@ -63,7 +63,7 @@ def held_out_loss(
     """(summed negative log-likelihood in nats, counted tokens, prompt id) of each group."""
     rows: list[tuple[float, int, int]] = []
     for groups_of_pass in group_passes(groups, lambda g: g, layout, budget):
-        batch = collate(groups_of_pass, layout=layout, pad_id=pad_id)
+        batch = collate(groups_of_pass, layout=layout, pad_id=pad_id, device=model.device)
         with torch.no_grad():
             nll = -score_tokens(model, batch, mask="loss").logprobs.sum(1)
         for index, group in enumerate(groups_of_pass):

@@ -103,6 +103,10 @@ class ILQLModel(nn.Module):
         self.target_heads: Any = _frozen_copy(self.q_heads)
         self.value_head: Any = heads[2]
 
+    @property
+    def device(self) -> torch.device:
+        return self.policy.device
+
     def forward(self, batch: CompletionBatch) -> ILQLScores:
         """One pass of the trunk; the vocabulary is projected at the counted tokens alone, a chunk at a time."""
         mask, ids = batch.completion_mask, batch.completion_ids[batch.completion_mask]

@@ -102,23 +102,27 @@ def build_model(shape: ModelShape, *, vocab_size: int, pad_id: int, eos_id: int,
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def load_policy(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """(causal language model, tokenizer) from a folder or a hub name, without dropout, in evaluation mode.
+def load_policy(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[Any, Any]:
+    """(causal language model on `device`, tokenizer) from a folder or a hub name, without dropout, in evaluation mode.
 
     The tokenizer comes with a padding token other than its end token: were they one, plain transformers would score a
     finished answer as if its end were missing.
     """
-    return _load(AutoModelForCausalLM, path, dtype)
+    return _load(AutoModelForCausalLM, path, dtype, device)
 
 
-def load_reward_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load_reward_model(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[Any, Any]:
     """(sequence classification model with one output or an ensemble's K, tokenizer), as `load_policy`.
 
     Transformers' classifiers have a head without bias; a bias in the folder's files (see `value_head`) gets its place.
     """
     bias = _stored(Path(path), "score.bias")
     with nullcontext() if bias is None else unread_tensors():
-        model, tokenizer = _load(AutoModelForSequenceClassification, path, dtype)
+        model, tokenizer = _load(AutoModelForSequenceClassification, path, dtype, device)
     head = score_head(model)
     if bias is not None and head.bias is None:
         head.bias = nn.Parameter(bias.to(head.weight))
@@ -199,7 +203,7 @@ def save_model(
     return folder
 
 
-def _load(kind: Any, path: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
+def _load(kind: Any, path: str | Path, dtype: torch.dtype, device: torch.device | str) -> tuple[Any, Any]:
     check_model_path(path)
     try:
         config = AutoConfig.from_pretrained(path)
@@ -229,7 +233,7 @@ def _load(kind: Any, path: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
             f"{path}: the tokenizer has {len(tokenizer)} tokens but the model's vocabulary {rows}: they do not belong "
             "together; save model and tokenizer to one folder"
         )
-    return model.eval(), tokenizer
+    return model.eval().to(device), tokenizer
 
 
 @contextmanager

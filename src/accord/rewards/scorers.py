@@ -82,7 +82,10 @@ class ModelScorer:
         results = [Score(None, errors.get(index)) for index in range(len(requests))]
         for rows_of_pass in micro_batches(rows, lambda row: row[1].num_tokens, lambda _: 1, self._micro_batch_tokens):
             with phase("data"):
-                batch = collate([group for _, group in rows_of_pass], layout="plain", pad_id=self._template.pad_id)
+                batch = collate(
+                    [group for _, group in rows_of_pass],
+                    layout="plain", pad_id=self._template.pad_id, device=self._model.device,
+                )  # fmt: skip
             with torch.no_grad():
                 scores = head_scores(self._model, batch)
             for (index, _), value, members in zip(rows_of_pass, scores.mean(1).tolist(), scores.tolist(), strict=True):

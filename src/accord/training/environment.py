@@ -15,12 +15,13 @@ __all__ = ["environment", "environment_changes", "peak_memory_mb"]
 
 # Reductions are split by thread and vectorised by CPU capability, and every version may sum in another order.
 DECIDES_BITS = (
-    "accord", "torch", "transformers", "peft", "tokenizers", "numpy", "cpu", "cpu_capability", "threads", "gpus",
+    "accord", "torch", "transformers", "peft", "tokenizers", "numpy", "cpu", "cpu_capability", "threads", "device",
+    "gpus",
 )  # fmt: skip
 
 
-def environment() -> dict[str, Any]:
-    """Versions and hardware as a flat JSON object; `threads` is what torch uses now."""
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Versions and hardware as a flat JSON object; `threads` is what torch uses now, `device` where models are."""
     import torch
 
     return {
@@ -32,20 +33,29 @@ def environment() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "device": device,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
 
 
 def environment_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What changed between two environments that can change the last bits of a result, as "name: old -> new"."""
+    """What changed between two environments that can change the last bits of a result, as "name: old -> new". What an
+    older version did not record, nobody knows."""
     return [
-        f"{name}: {before.get(name)} -> {now.get(name)}" for name in DECIDES_BITS if before.get(name) != now.get(name)
+        f"{name}: {before[name]} -> {now.get(name)}"
+        for name in DECIDES_BITS
+        if name in before and before[name] != now.get(name)
     ]
 
 
 def peak_memory_mb() -> float:
-    """The most memory this process has held so far, in 10^6 bytes (Linux reports kibibytes)."""
+    """The most memory this process has held so far, in 10^6 bytes: of the GPU that held most, once it uses one, else of
+    the machine (Linux reports kibibytes)."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        return max(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 

@@ -108,5 +108,5 @@ class Optimiser:
         parameters = dict(self._named)
         for key, value in tensors.items():
             moment, _, name = key.partition(":")
-            self._adam.state[parameters[name]][moment] = value.clone()
+            self._adam.state[parameters[name]][moment] = value.to(parameters[name].device, copy=True)
         self.skipped, self._skipped_in_a_row = counters["skipped"], counters["skipped_in_a_row"]

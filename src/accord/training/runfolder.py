@@ -57,12 +57,15 @@ class RunFolder:
         self._logs: dict[str, FileIO] = {}
 
     @classmethod
-    def open(cls, path: Path, *, resolved_config: Mapping[str, Any], fingerprints: Mapping[str, str]) -> RunFolder:
+    def open(
+        cls, path: Path, *, resolved_config: Mapping[str, Any], fingerprints: Mapping[str, str], device: str = "cpu"
+    ) -> RunFolder:
         """Take the folder for this process, as a new run or as the continuation of the same one.
 
         Args:
             resolved_config: every setting, as JSON values.
             fingerprints: data file -> hash of its content. The two together, without `out`, say which run this is.
+            device: where its models are, for the record of this start.
         Raises: CheckpointError when another process works in the folder, or it holds another run (naming what differs).
         """
         try:
@@ -73,7 +76,8 @@ class RunFolder:
                 f"cannot use {path} as a run folder: {error.strerror}. Use another one with --set out=..."
             ) from error
         try:
-            return cls(path, lock, _start(path, json.loads(json.dumps(resolved_config)), dict(fingerprints)))
+            config = json.loads(json.dumps(resolved_config))
+            return cls(path, lock, _start(path, config, dict(fingerprints), environment(device)))
         except BaseException:
             lock.close()
             raise
@@ -182,9 +186,8 @@ def _take_lock(path: Path) -> IO[str]:
     return lock
 
 
-def _start(path: Path, config: dict[str, Any], fingerprints: dict[str, str]) -> tuple[str, ...]:
+def _start(path: Path, config: dict[str, Any], fingerprints: dict[str, str], now: dict[str, Any]) -> tuple[str, ...]:
     """Record this start in run.json and give the notes. config.yaml is for people: nothing reads it back."""
-    now = environment()
     start = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv, "environment": now}
     changes: list[str] = []
     run = _earlier(path, config, fingerprints)
