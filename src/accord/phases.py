@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ContextDecorator, contextmanager
 from typing import Any
 
-__all__ = ["ITERATION", "OTHER", "Clock", "PhaseSeconds", "phase", "projecting"]
+__all__ = ["EVALUATION", "ITERATION", "OTHER", "Clock", "PhaseSeconds", "phase", "projecting"]
 
+EVALUATION = "evaluation"  # of the model on held-out data: all of it, whatever phases are within
 ITERATION = "iteration"  # the phase that is one step of training and all that belongs to it
 OTHER = "other"  # what no phase claims
 
@@ -30,14 +31,14 @@ class Clock:
 
     Args:
         settle: called wherever a phase begins or ends, so that work that was only queued is finished (a GPU's).
-        projecting: called with the states and the output embedding of each projection onto a vocabulary.
+        projecting: called as `projecting` below is, for each projection onto a vocabulary.
     """
 
     def __init__(
         self,
         *,
         settle: Callable[[], None] | None = None,
-        projecting: Callable[[Any, Any], None] | None = None,
+        projecting: Callable[[Any, Any, int], None] | None = None,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.iterations: list[PhaseSeconds] = []
@@ -49,8 +50,15 @@ class Clock:
         self._last = self._time()
 
     @property
+    def iteration(self) -> int | None:
+        """Index of the iteration that is running, None outside of all."""
+        return len(self.iterations) - 1 if ITERATION in self._names else None
+
+    @property
     def name(self) -> str:
         """The innermost phase."""
+        if EVALUATION in self._names:
+            return EVALUATION
         return self._names[-1] if self._names and self._names[-1] != ITERATION else OTHER
 
     @contextmanager
@@ -121,8 +129,8 @@ class phase(ContextDecorator):
             _clock.leave()
 
 
-def projecting(states: Any, embedding: Any) -> None:
-    """Say that hidden states (N, H) are about to be projected onto the rows of an output embedding (V, H). The one
-    product that no module's call shows."""
+def projecting(states: Any, embedding: Any, again: int) -> None:
+    """Say that hidden states (N, H) are about to be projected onto the rows of an output embedding (V, H), which no
+    module's call shows; a backward pass, if there is one, does it `again` for so many of them."""
     if _clock is not None and _clock.projecting is not None:
-        _clock.projecting(states, embedding)
+        _clock.projecting(states, embedding, again)

@@ -23,6 +23,7 @@ LAYERS = (
     ("methods",),
     ("evaluation",),
     ("pipeline",),
+    ("profiling",),
     ("loop",),
     ("demos",),
     ("cli", "api"),

@@ -35,7 +35,7 @@ def reports():
 check("import accord", lambda: __import__("accord"))
 check("--help", lambda: command("--help"))
 check("--version", lambda: command("--version"))
-for verb in ("sft", "reward", "dpo", "orpo", "kto", "ppo", "evaluate", "run", "loop", "quickstart", "methods"):
+for verb in ("sft", "reward", "dpo", "orpo", "kto", "ppo", "evaluate", "run", "loop", "profile", "quickstart", "methods"):
     check(f"{verb} --help", lambda: command(verb, "--help"))
 check("methods", lambda: command("methods"))
 check("benchmark randomwalks --help", lambda: command("benchmark", "randomwalks", "--help"))
@@ -45,6 +45,9 @@ check("data stats", lambda: command("data", "stats", pairs))
 check("data convert", lambda: command("data", "convert", pairs, str(folder / "sft.jsonl"), "--to", "sft"))
 check("unknown key", lambda: command("ppo", "--set", "ppo.clip_rang=0.2"))
 check("contradiction", lambda: command("ppo", recipe, "--set", "ppo.target_kl=3"))
+check("profile of an unknown key", lambda: command("profile", recipe, "--set", "ppo.clip_rang=0.2"))
+check("profile of no such stage", lambda: command("profile", recipe, "--stage", "evaluate"))
+check("profile without data", lambda: command("profile", recipe, "--set", "data.preferences=nowhere.jsonl"))
 check("missing data", lambda: command("sft", recipe, "--set", "data.sft=nowhere.jsonl"))
 check("dry run of all stages", lambda: command("run", recipe, "--dry-run"))
 for verb in ("sft", "reward", "dpo", "orpo", "kto", "ppo", "evaluate"):
@@ -81,6 +84,7 @@ def test_nothing_that_only_reads_and_answers_imports_torch(tmp_path: Path) -> No
     found = json.loads(done.stdout)
     assert {name: modules for name, (_, modules) in found.items() if modules} == {}
     wrong = {"unknown key", "contradiction", "missing data"}
+    wrong |= {"profile of an unknown key", "profile of no such stage", "profile without data"}
     assert {name for name, (code, _) in found.items() if code == 2} == wrong
     assert all(code in (0, None) for name, (code, _) in found.items() if name not in wrong), found
     assert (stage / "report.html").exists() and (tmp_path / "run" / "report.html").exists()

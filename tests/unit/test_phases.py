@@ -97,11 +97,11 @@ def test_queued_work_is_settled_before_the_time_is_read() -> None:
 def test_without_a_clock_phases_and_projections_do_nothing() -> None:
     assert phases._clock is None
     with phase("forward"):
-        projecting(SimpleNamespace(), SimpleNamespace())
+        projecting(SimpleNamespace(), SimpleNamespace(), 0)
     seen = []
-    with Clock(projecting=lambda states, embedding: seen.append((states, embedding))).running():
-        projecting("states", "embedding")
+    with Clock(projecting=lambda *told: seen.append(told)).running():
+        projecting("states", "embedding", 3)
         with pytest.raises(RuntimeError, match="another clock"), Clock().running():
             pass
-    projecting("later", "embedding")
-    assert seen == [("states", "embedding")]
+    projecting("later", "embedding", 0)
+    assert seen == [("states", "embedding", 3)]

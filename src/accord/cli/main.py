@@ -13,7 +13,17 @@ from types import FrameType
 from typing import NoReturn
 
 from accord import __version__
-from accord.cli import benchmark, compare_methods, data, import_value_head, loop, methods, quickstart, stages
+from accord.cli import (
+    benchmark,
+    compare_methods,
+    data,
+    import_value_head,
+    loop,
+    methods,
+    profile,
+    quickstart,
+    stages,
+)
 from accord.errors import AccordError
 
 __all__ = ["main"]
@@ -27,6 +37,7 @@ first steps:
   accord run recipe.yaml                     SFT, reward model, PPO, evaluation; run again to continue
   accord ppo recipe.yaml --set ppo.kl_coef=0.1
   accord loop recipe.yaml                    label, refit, PPO, again, until it stops improving
+  accord profile recipe.yaml                 where the time of an iteration goes
 
 exit codes: 0 done; 1 the program failed; 2 the input is wrong (the message says what to mend); 3 a guard paused the
 run after saving; 4 people have to label first; 143 stopped after saving
@@ -56,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     methods.add_parser(commands)
     stages.add_parsers(commands)
     loop.add_parser(commands)
+    profile.add_parser(commands)
     compare_methods.add_parser(commands)
     benchmark.add_parser(commands)
     import_value_head.add_parser(commands)

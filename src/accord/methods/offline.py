@@ -14,7 +14,7 @@ from accord.data.order import batch_indices, epochs_done, micro_batches, num_ste
 from accord.models.adapters import load_trainable_state, trainable_state
 from accord.models.layout import CompletionBatch, Layout, collate
 from accord.models.token_scores import score_tokens
-from accord.phases import phase
+from accord.phases import EVALUATION, phase
 from accord.records import TokenGroup
 from accord.training.environment import peak_memory_mb
 from accord.training.loop import Captured, StepOutcome
@@ -144,7 +144,7 @@ class OfflineTrainer(Generic[Item]):
         }
         if step % self._schedule.eval_every == 0 or step == self.total_steps:
             before = time.monotonic()
-            with phase("evaluation"):
+            with phase(EVALUATION):
                 metrics |= self._evaluate()
             metrics["time/eval_seconds"] = time.monotonic() - before
         return StepOutcome(metrics, status=f"loss {metrics['train/loss']:.3f}")

@@ -73,11 +73,12 @@ def token_logprobs(
             memory and speed, and gradients by rounding alone.
     Returns: logprobs (N,), entropies (N,) or None; float32, or float64 for float64 hidden states.
     """
-    projecting(hidden, weight)
     rows = chunk_rows or max(_MIN_CHUNK_ROWS, _CHUNK_ELEMENTS // weight.shape[0])
     # The derivative of a soft cap needs more than the log-probabilities: those chunks are all projected again.
     keeps = torch.is_grad_enabled() and transform.softcap is None
     kept_rows = kept_elements // weight.shape[0] if keeps else 0
+    again = 0 if kept_rows >= len(hidden) else len(hidden) - kept_rows // rows * rows
+    projecting(hidden, weight, again)
     logprobs, entropies = _TokenLogprobs.apply(
         hidden, weight, bias, target_ids, transform, with_entropy, rows, kept_rows
     )

@@ -1,0 +1,270 @@
+"""Watches a stage while it trains: seconds of each phase, and what each computed, from the passes of the models.
+
+Passes are seen where they go into a model: hooks on trunks and on output embeddings, which are found while a stage
+warms up, and `accord.phases.projecting`, for the projection that no module makes. Counting stops the clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import PreTrainedModel
+
+from accord.phases import Clock
+from accord.profiling.flops import Attention, Flops, Matrix, Trunk, causal_pairs, matrix_flops, trunk_flops
+
+__all__ = ["Observer", "Work", "trunk_of"]
+
+BACKWARD = "backward"
+
+
+@dataclass(slots=True)
+class Work:
+    """What a phase computed in an iteration.
+
+    tokens    through a trunk, padding left out; of these `decoded` one by one, behind a cache
+    padding   tokens that were run for nothing
+    useful, overhead   floating-point operations: for the tokens; for padding, hidden pairs and what was done twice
+    bytes     of the optimiser's state, gradients and weights, moved by its step
+    """
+
+    tokens: int = 0
+    decoded: int = 0
+    padding: int = 0
+    useful: float = 0.0
+    overhead: float = 0.0
+    decoded_flops: float = 0.0
+    bytes: float = 0.0
+
+
+@dataclass(slots=True)
+class Observer:
+    """Use as `with observer.watching():` around a stage.
+
+    warm_up  iterations during which models are looked for; a model that first runs later is not seen
+    clock    its seconds; `iterations[i]` is the work of its iteration i, `outside` that of all else
+    shapes   (inputs, outputs) of the matrices that were seen -> the most tokens of a pass
+    parameters, trained   of all models that ran, what they share once
+    device, dtype         of the products of an update
+    """
+
+    warm_up: int
+    clock: Clock = field(init=False)
+    iterations: list[dict[str, Work]] = field(default_factory=list)
+    outside: dict[str, Work] = field(default_factory=dict)
+    shapes: dict[tuple[int, int], int] = field(default_factory=dict)
+    parameters: int = 0
+    trained: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    _decoding: bool = False  # the latest pass of a trunk was behind a cache
+    _hooks: list[Any] = field(default_factory=list)
+    _known: set[int] = field(default_factory=set)
+    _trunks: dict[tuple[int, bool], Trunk] = field(default_factory=dict)
+    _models: list[Any] = field(default_factory=list)  # keeps what is known by its id alive
+
+    def __post_init__(self) -> None:
+        settle = torch.cuda.synchronize if torch.cuda.is_available() else None
+        self.clock = Clock(settle=settle, projecting=self._projecting)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        finder = register_module_forward_pre_hook(self._meet)
+        self._hooks += [finder, register_optimizer_step_post_hook(self._stepped)]
+        try:
+            with self.clock.running():
+                yield
+        finally:
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks.clear()
+            weights = {id(p): p for model in self._models for p in model.parameters()}.values()
+            self.parameters = sum(p.numel() for p in weights)
+            self.trained = sum(p.numel() for p in weights if p.requires_grad)
+            self._models.clear()
+
+    @property
+    def _work(self) -> dict[str, Work]:
+        index = self.clock.iteration
+        if index is None:
+            return self.outside
+        while len(self.iterations) <= index:
+            self.iterations.append({})
+        return self.iterations[index]
+
+    def _of(self, phase: str) -> Work:
+        return self._work.setdefault(phase, Work())
+
+    # --- what is seen ------------------------------------------------------------------------------------------------
+
+    def _meet(self, module: nn.Module, _: Any) -> None:
+        """Put hooks on a model's trunk and its output embedding when it first runs."""
+        if len(self.clock.iterations) > self.warm_up:
+            self._hooks[0].remove()  # it slows every module down
+        elif isinstance(module, PreTrainedModel) and id(module) not in self._known:
+            self._known.add(id(module))
+            self._models.append(module)
+            if module.base_model is module:
+                self._hooks.append(module.register_forward_pre_hook(self._running, with_kwargs=True))
+            else:
+                head = module.get_output_embeddings()
+                if head is not None:
+                    self._hooks.append(head.register_forward_pre_hook(self._head))
+
+    def _running(self, module: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        with self.clock.stopped():
+            ids = inputs.get("input_ids", args[0] if args else None)
+            if ids is None:
+                return
+            adapted = not _adapters_off(module)
+            if (id(module), adapted) not in self._trunks:
+                self._trunks[id(module), adapted] = trunk_of(module, adapted=adapted)
+            trunk = self._trunks[id(module), adapted]
+            cache = inputs.get("past_key_values")
+            seen = _pass_size(ids, inputs.get("attention_mask"), module.config, cache)
+            self._note(trunk, seen.tokens_run, module)
+            useful = trunk_flops(seen.tokens, seen.pairs, trunk)
+            run = trunk_flops(seen.tokens_run, seen.pairs_run, trunk)
+            work = self._add(useful, run, again=_checkpointed(module))
+            work.tokens += seen.tokens
+            work.padding += seen.tokens_run - seen.tokens
+            self._decoding = seen.behind_cache
+            if seen.behind_cache:
+                work.decoded += seen.tokens
+                work.decoded_flops += useful.forward
+
+    def _head(self, module: Any, args: tuple[Any, ...]) -> None:
+        """An output embedding called as a module: the sampler's."""
+        with self.clock.stopped():
+            outputs, inputs = module.weight.shape
+            tokens = args[0].numel() // inputs
+            flops = matrix_flops(tokens, Matrix(inputs, outputs, module.weight.requires_grad, args[0].requires_grad))
+            work = self._add(flops, flops)
+            if self._decoding:
+                work.decoded_flops += flops.forward
+
+    def _projecting(self, states: Tensor, embedding: Tensor, again: int) -> None:
+        with self.clock.stopped():
+            (outputs, inputs), tokens = embedding.shape, states.shape[0]
+            self.shapes[inputs, outputs] = max(tokens, self.shapes.get((inputs, outputs), 0))
+            matrix = Matrix(inputs, outputs, embedding.requires_grad, states.requires_grad)
+            flops = matrix_flops(tokens, matrix)
+            self._add(flops, flops, again=matrix_flops(again, matrix).forward if torch.is_grad_enabled() else 0.0)
+
+    def _stepped(self, optimiser: torch.optim.Optimizer, *_: Any) -> None:
+        """A step reads and writes weights and state; gradients are read twice, for their norm and to be applied."""
+        with self.clock.stopped():
+            moved = 0
+            for group in optimiser.param_groups:
+                for p in (p for p in group["params"] if p.grad is not None):
+                    state = sum(x.nbytes for x in optimiser.state[p].values() if isinstance(x, Tensor))
+                    moved += 2 * (p.nbytes + p.grad.nbytes + state)
+            self._of(self.clock.name).bytes += moved
+
+    # --- what is counted ---------------------------------------------------------------------------------------------
+
+    def _add(self, useful: Flops, run: Flops, again: float | bool = 0.0) -> Work:
+        """Charge a pass to the phase it runs in and, if a gradient is wanted, what follows to the backward pass.
+        `again` is what that repeats: so many operations, or True for the whole forward pass."""
+        work = self._of(self.clock.name)
+        work.useful += useful.forward
+        work.overhead += run.forward - useful.forward
+        if torch.is_grad_enabled() and run.backward:
+            behind = self._of(BACKWARD)
+            behind.useful += useful.backward
+            behind.overhead += run.backward - useful.backward + (run.forward if again is True else again)
+        return work
+
+    def _note(self, trunk: Trunk, tokens: int, module: Any) -> None:
+        if torch.is_grad_enabled():
+            kind = module.device.type
+            mixed = torch.is_autocast_enabled(kind)
+            self.device, self.dtype = module.device, torch.get_autocast_dtype(kind) if mixed else module.dtype
+        for matrix in trunk.matrices:
+            key = matrix.inputs, matrix.outputs
+            self.shapes[key] = max(tokens, self.shapes.get(key, 0))
+
+
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """Of one pass: tokens and pairs of a query and a key that count, and those that are run."""
+
+    tokens: int
+    tokens_run: int
+    pairs: float
+    pairs_run: float
+    behind_cache: bool
+
+
+def _pass_size(ids: Tensor, mask: Any, config: Any, cache: Any) -> _Size:
+    """Padding is known by its id, for some passes take it for real on purpose. A mask written out is run in full, pairs
+    it hides included; under a causal one only what it shows is run."""
+    rows, length = ids.shape
+    before = 0 if cache is None else int(cache.get_seq_length())
+    pad_id = config.get_text_config().pad_token_id
+    if before:  # padding is to the left, in the cache; finished rows cannot be told here
+        shown = mask.sum().item() if isinstance(mask, Tensor) and mask.dim() == 2 else rows * (before + length)
+        return _Size(rows * length, rows * length, float(shown), rows * causal_pairs(length, before), True)
+    real = torch.ones_like(ids, dtype=torch.bool) if pad_id is None else ids != pad_id
+    counts = real.sum(1).double()
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        visible = mask if mask.dtype == torch.bool else mask == 0
+        pairs = float((visible[:, 0] & real[:, :, None] & real[:, None, :]).sum())
+        return _Size(int(counts.sum()), rows * length, pairs, float(rows * length * length), False)
+    pairs = float((counts * (counts + 1) / 2).sum())
+    return _Size(int(counts.sum()), rows * length, pairs, rows * causal_pairs(length), False)
+
+
+def trunk_of(trunk: Any, *, adapted: bool = True) -> Trunk:
+    """What a trunk computes, from its modules. `adapted` False leaves out adapters that are switched off.
+
+    A gradient reaches everything above the lowest thing that is trained, and within the lowest block that trains
+    anything all of it is taken to be reached, though not every matrix there need be.
+    """
+    config = trunk.config.get_text_config()
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    trained_at = [_depth(name) for name, p in trunk.named_parameters() if p.requires_grad]
+    lowest = min(trained_at, default=None)
+
+    def reached(name: str) -> bool:
+        return lowest is not None and _depth(name) >= lowest
+
+    matrices = []
+    for name, module in trunk.named_modules():
+        weight = dict(module.named_parameters(recurse=False)).get("weight")  # an adapted layer shows its base's, too
+        if weight is None or isinstance(module, nn.Embedding) or (not adapted and ".lora_" in name):
+            continue
+        # Quantised weights are packed: their own shape says nothing.
+        if weight.dim() != 2 and not hasattr(module, "in_features"):
+            continue
+        shape = getattr(module, "in_features", weight.shape[0]), getattr(module, "out_features", weight.shape[1])
+        matrices.append(Matrix(*shape, weight.requires_grad, reached(name)))
+    attentions = [Attention(width, lowest is not None and i >= lowest) for i in range(config.num_hidden_layers)]
+    return Trunk(tuple(matrices), tuple(attentions))
+
+
+def _depth(name: str) -> int:
+    """The block a module or parameter is in, by the first number in its name; -1 for what comes before all blocks, and
+    for what comes after them if it is a norm, which then counts as if it were the last block's."""
+    number = next((int(part) for part in name.split(".") if part.isdigit()), None)
+    if number is not None:
+        return number
+    return -1 if "emb" in name or "wte" in name or "wpe" in name else 1 << 30
+
+
+def _adapters_off(module: nn.Module) -> bool:
+    layers = [m for m in module.modules() if hasattr(m, "disable_adapters")]
+    return bool(layers) and all(bool(m.disable_adapters) for m in layers)
+
+
+def _checkpointed(trunk: Any) -> bool:
+    """Whether a backward pass runs the forward pass of the blocks again."""
+    return any(getattr(m, "gradient_checkpointing", False) and m.training for m in trunk.modules())
