@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -49,10 +50,10 @@ def section_of(stage: str) -> dict[str, Any]:
     return {name: value for name, value in few.items() if name in kind.model_fields}
 
 
-def run(folder: Path, stages: list[str], adapter: dict[str, Any] | None) -> str:
+def run(folder: Path, stages: list[str], adapter: dict[str, Any] | None, **model: Any) -> str:
     """What was printed. The run is in `folder`/run, its data beside it."""
     settings = {
-        "model": RECIPE["model"] | {"adapter": adapter},
+        "model": RECIPE["model"] | {"adapter": adapter} | model,
         "data": RECIPE["data"] | {"preferences": str(folder / "pairs.jsonl")},
         "out": str(folder / "run"),
         "evaluate": {"models": ["base", "sft"], "prompts": 4, "max_new_tokens": 8},
@@ -146,3 +147,22 @@ def test_what_trains_nothing_does_not_depend_on_the_adapter_and_what_trains_does
 def test_the_card_says_that_an_adapter_was_trained(finished: Run) -> None:
     card = (finished.root / "ppo" / "model" / "README.md").read_text()
     assert "a low-rank adapter of all linear layers (rank 4, alpha 8)" in card
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_stages_on_a_trunk_in_4_bits_share_it_and_leave_plain_models(tmp_path: Path) -> None:
+    """DoRA, a reward model that is an adapter on the policy's weights, and DPO beside it."""
+    write_pairs(tmp_path / "pairs.jsonl")
+    adapter = {"kind": "dora", "rank": RANK, "ranks": {"down_proj": 2}}
+    printed = run(tmp_path, ["sft", "reward", "dpo", "ppo"], adapter, quantise="nf4")
+    assert printed.count("one trunk for all roles") == 1
+    for stage in ("sft", "dpo", "ppo"):
+        model, _ = load_policy(tmp_path / "run" / stage / "model")
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+    rows = [json.loads(line) for line in (tmp_path / "run" / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["rollout/kl_per_token_nats"] == 0.0 != rows[1]["rollout/kl_per_token_nats"]
+    assert "in 4 bits (nf4)" in (tmp_path / "run" / "dpo" / "model" / "README.md").read_text()
+    again = run(tmp_path, ["sft"], adapter, quantise="nf4")
+    assert "already finished" in again
+    with pytest.raises(CheckpointError, match=r"model\.quantise"):
+        run(tmp_path, ["sft"], adapter)

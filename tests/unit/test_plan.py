@@ -107,6 +107,17 @@ def test_with_adapters_the_policy_is_its_own_reference_and_the_value_model_share
     ]
 
 
+def test_a_trunk_in_4_bits_is_counted_as_such() -> None:
+    """4.127 bits for each weight of a linear layer instead of 32."""
+    scratch = {"hidden_size": 256, "layers": 8, "vocab_size": 8000}
+    (whole, _), _ = planned({"scratch": scratch}, {"rank": 64})
+    (small, _), _ = planned({"scratch": scratch, "quantise": "nf4"}, {"rank": 64})
+    model = build_model(ModelShape(256, 8, 4, 32), vocab_size=8000, pad_id=0, eos_id=1, seed=0)
+    linear = sum(p.numel() for name, p in model.named_parameters() if "_proj" in name)
+    saved = number(whole.rpartition(": ")[2], " MB") - number(small.rpartition(": ")[2], " MB")
+    assert abs(saved - linear * (32 - 4.127) / 8 / 1e6) <= 1
+
+
 def test_a_reward_model_of_the_same_run_is_an_adapter_on_the_same_trunk() -> None:
     scratch = {"hidden_size": 256, "layers": 8, "vocab_size": 8000}
     (_, ppo), caption = planned({"scratch": scratch}, {"rank": 64}, reward={})

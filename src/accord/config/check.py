@@ -65,6 +65,10 @@ def _model(model: ModelConfig) -> list[str]:
             "`model.adapter` and `model.trainable_blocks` are both set: train adapters in all blocks, or the top "
             "blocks whole"
         )
+    if model.quantise is not None and model.adapter is None:
+        problems.append(
+            f"`model.quantise` = {model.quantise} needs `model.adapter`: weights in 4 bits cannot be trained"
+        )
     if model.adapter is not None and model.adapter.targets:
         problems += [
             f"`model.adapter.ranks` names {ending}, which is no layer that `model.adapter.targets` = "

@@ -126,6 +126,7 @@ _MODEL_AND_DATA = {
     "pretrain": "model.path",
     "model.model_path": "model.path",
     "model.peft_config": "model.adapter",
+    "load_in_4bit": "model.quantise",
     "num_shared_layers": "model.trainable_blocks",
     "model.num_layers_unfrozen": "model.trainable_blocks",
     "model.adapter.r": "rank",
@@ -236,7 +237,7 @@ ABSENT = MappingProxyType(
     dict.fromkeys(
         ("logging_steps", "report_to", "log_with", "tracker_project_name", "use_wandb", "train.tracker"), _LOGS
     )
-    | dict.fromkeys(("bf16", "fp16", "dtype", "ds.param_dtype", "load_in_4bit"), _FULL)
+    | dict.fromkeys(("bf16", "fp16", "dtype", "ds.param_dtype"), _FULL)
     | dict.fromkeys(("vf_coef", "method.vf_coef", "method.num_value_layers_unfrozen"), _VALUE)
     | dict.fromkeys(
         ("resume_from_checkpoint", "train.resume_from_checkpoint", "load_checkpoint", "ckpt.load_enable"), _RESUME

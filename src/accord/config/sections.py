@@ -84,6 +84,11 @@ class ModelConfig(Section):
         "CPU.",
     )
     adapter: AdapterConfig | None = Field(None, description="Train low-rank adapters. Unset: all weights.")
+    quantise: Literal["nf4"] | None = Field(
+        None,
+        description="`nf4` keeps the frozen weights under an adapter in 4 bits (QLoRA); needs `adapter`, and the "
+        "package bitsandbytes. Unset: as they are.",
+    )
     trainable_blocks: int | None = Field(
         None,
         ge=1,

@@ -9,13 +9,14 @@ from typing import Any
 import yaml
 
 from accord import __version__
-from accord.config import AdapterConfig, Recipe
+from accord.config import ModelConfig, Recipe
 from accord.methods.catalogue import STAGES
 
 __all__ = ["model_card"]
 
 
-def _adapter_note(adapter: AdapterConfig | None) -> str:
+def _adapter_note(model: ModelConfig) -> str:
+    adapter = model.adapter
     if adapter is None:
         return ""
     layers = " and ".join(f"`{target}`" for target in adapter.targets) or "all linear layers"
@@ -25,6 +26,11 @@ def _adapter_note(adapter: AdapterConfig | None) -> str:
         f" What was trained is a low-rank adapter{kind} of {layers} (rank {adapter.rank}{others}, alpha "
         f"{adapter.alpha:g}): it is folded into these weights, and stands by itself in the folder `adapter` beside "
         "this one, for peft."
+        + (
+            f" It was trained on weights in 4 bits ({model.quantise}): the weights here are those that these stood for."
+            if model.quantise is not None
+            else ""
+        )
     )
 
 
@@ -47,7 +53,7 @@ def model_card(
     parts = [
         f"---\n{header}---\n\n# {title}: {recipe.name}",
         f"Trained with Accord {__version__} (stage `{stage}`, seed {recipe.seed}), starting from `{start}`."
-        + _adapter_note(recipe.model.adapter),
+        + _adapter_note(recipe.model),
         "\n\n".join([*summary.get("account", ()), *(f"**Warning:** {w}" for w in summary.get("warnings", ()))]),
         "## Measured\n\n| number | value | 95% interval |\n|---|---|---|\n" + "\n".join(numbers) if numbers else "",
         "## Data and starting weights, by content hash\n\n" + "\n".join(data),

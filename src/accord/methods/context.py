@@ -27,6 +27,7 @@ from accord.models.device import choose_device
 from accord.models.layout import Layout, layout_cost
 from accord.models.load import ModelShape, build_model, load_policy, save_model
 from accord.models.paths import check_model_path
+from accord.models.quantise import quantise
 from accord.models.scratch_tokenizer import train_tokenizer
 from accord.models.self_check import check_layouts
 from accord.phases import phase
@@ -115,10 +116,18 @@ class LoadedPolicy:
         return cls.from_folder(folder, context.recipe.model.template, context.device)
 
     @classmethod
-    def to_train(cls, context: Context, folder: Path | str, stage: str) -> LoadedPolicy:
-        """The policy a stage trains: as `of`, with a fresh adapter if the recipe has one, or with its lower
-        blocks frozen. That changes no bit, so this is the reference too, as long as nothing has been trained."""
+    def base(cls, context: Context, folder: Path | str) -> LoadedPolicy:
+        """What a stage's training starts from: as `of`, in 4 bits if the recipe asks for that."""
         policy = cls.of(context, folder)
+        if context.recipe.model.quantise is not None:
+            quantise(policy.model)
+        return policy
+
+    @classmethod
+    def to_train(cls, context: Context, folder: Path | str, stage: str) -> LoadedPolicy:
+        """The policy a stage trains: as `base`, with a fresh adapter if the recipe has one, or with its lower
+        blocks frozen. That changes no bit, so this is the reference too, as long as nothing has been trained."""
+        policy = cls.base(context, folder)
         adapt(context, policy.model, stage)
         return policy
 
@@ -219,7 +228,7 @@ def _model_settings(context: Context, stage: str) -> dict[str, Any]:
     """The model's settings a stage depends on: only one that trains depends on what of a model is trained. Where models
     are does not make it another run (see `environment_changes`)."""
     trains = stage in STAGES and STAGES[stage].trained > 0
-    unread = set() if trains else {"adapter", "trainable_blocks"}
+    unread = set() if trains else {"adapter", "trainable_blocks", "quantise"}
     return context.recipe.model.model_dump(mode="json", exclude=unread | {"device"})
 
 

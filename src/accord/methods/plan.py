@@ -46,6 +46,7 @@ __all__ = [
 
 # fp32 bytes for each parameter: weights, gradient and AdamW's two moments while training; weights alone while frozen.
 TRAINED, FROZEN = 16, 4
+QUANTISED = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # of a weight in 4 bits with its scales
 # Parts of the names of matrices that are no linear layers of the trunk.
 NOT_LINEAR = ("embed", "wte", "wpe", "lm_head", "score")
 TOKEN_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
@@ -131,7 +132,8 @@ def _memory(recipe: Recipe, stage: str, parameters: int, part: _Part | None) -> 
     unit = "adapter" if part.is_adapter else "top"
     counted = [f"{trained} {unit}{'s' * (trained > 1)}", f"{parts} frozen {unit}{'s' * (parts > 1)}", f"{whole} frozen"]
     models = ", ".join(text for text in counted if not text.startswith("0"))
-    return models, (own + parts * FROZEN) * part.parameters + whole * FROZEN * parameters
+    saved = round(_quantised_parameters(recipe) * (FROZEN - QUANTISED))  # by the policy's trunk; a scorer's is whole
+    return models, (own + parts * FROZEN) * part.parameters + whole * FROZEN * parameters - saved
 
 
 def check_sizes(recipe: Recipe, corpus: Corpus, stages: list[str]) -> None:
@@ -295,13 +297,7 @@ def _q_head_parameters(recipe: Recipe) -> int:
 def _adapter_parameters(recipe: Recipe, adapter: AdapterConfig) -> int:
     """Rank times inputs and outputs of each linear layer, told by the names and shapes of the weights; for DoRA a
     length for each output besides."""
-    scratch = recipe.model.scratch
-    shapes = _file_shapes(recipe) if scratch is None else _scratch_layers(scratch)
-    layers = {
-        name.removesuffix(".weight"): shape
-        for name, shape in shapes.items()
-        if len(shape) == 2 and name.endswith(".weight") and not any(part in name for part in NOT_LINEAR)
-    }
+    layers = _linear_layers(recipe)
     for key, endings in (("targets", adapter.targets), ("ranks", tuple(adapter.ranks))):
         unknown = [t for t in endings if not any(f".{name}".endswith(f".{t}") for name in layers)]
         if layers and unknown:
@@ -316,6 +312,22 @@ def _adapter_parameters(recipe: Recipe, adapter: AdapterConfig) -> int:
         _rank_of(name, adapter) * sum(shape) + (_outputs(name, shape) if adapter.kind == "dora" else 0)
         for name, shape in adapted.items()
     )
+
+
+def _quantised_parameters(recipe: Recipe) -> int:
+    """Weights that `model.quantise` puts into 4 bits."""
+    return sum(map(math.prod, _linear_layers(recipe).values())) if recipe.model.quantise is not None else 0
+
+
+def _linear_layers(recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    """Shape by name of the trunk's linear layers."""
+    scratch = recipe.model.scratch
+    shapes = _file_shapes(recipe) if scratch is None else _scratch_layers(scratch)
+    return {
+        name.removesuffix(".weight"): shape
+        for name, shape in shapes.items()
+        if len(shape) == 2 and name.endswith(".weight") and not any(part in name for part in NOT_LINEAR)
+    }
 
 
 def _rank_of(layer: str, adapter: AdapterConfig) -> int:

@@ -39,6 +39,7 @@ from accord.atomic import make_folder, write_bytes
 from accord.errors import AccordError, TrainingError
 from accord.methods.offline import sequence_logprobs
 from accord.models.layout import Layout
+from accord.models.quantise import is_quantised
 from accord.phases import phase
 from accord.records import TokenCompletion, TokenGroup
 from accord.training.progress import StageProgress
@@ -122,6 +123,8 @@ def _identity(model: Any, weights: str) -> str:
     settings = json.dumps(config, sort_keys=True, default=str)
     commit = getattr(model.config, "_commit_hash", None)
     parts = [FORMAT, weights, commit, settings, str(model.dtype), model.device.type]
+    if is_quantised(model):
+        parts.append("nf4")
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

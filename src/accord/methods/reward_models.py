@@ -11,7 +11,7 @@ from accord.models.blocks import train_top_blocks
 from accord.models.heads import score_head
 from accord.models.load import load_reward_model, load_tokenizer, reward_model_from, value_model_from
 from accord.models.sharing import share_equal
-from accord.training.runfolder import read_fingerprints
+from accord.training.runfolder import read_fingerprints, recorded_settings
 
 __all__ = ["reward_model_beside", "value_model_beside"]
 
@@ -23,7 +23,7 @@ def reward_model_beside(context: Context, policy: LoadedPolicy, folder: Path | s
     reward model was made from the same weights, it shares what neither changes. Which of them it is, is said."""
     model = context.recipe.model
     if has_adapter(policy.model):
-        obstacle = _obstacle(policy, folder)
+        obstacle = _obstacle(context, policy, folder)
         if obstacle is None:
             context.say("one trunk for all roles: the reward model is an adapter on the policy's frozen weights")
             return _as_adapter(policy, Path(folder)), load_tokenizer(folder)
@@ -61,7 +61,7 @@ def _as_adapter(policy: LoadedPolicy, folder: Path) -> Any:
     return reward_model
 
 
-def _obstacle(policy: LoadedPolicy, folder: Path | str) -> str | None:
+def _obstacle(context: Context, policy: LoadedPolicy, folder: Path | str) -> str | None:
     """Why the reward model cannot be an adapter on the weights that the policy starts from; None when it can."""
     adapter = _adapter_of(folder)
     if not (adapter / CONFIG_FILE).is_file():
@@ -69,6 +69,9 @@ def _obstacle(policy: LoadedPolicy, folder: Path | str) -> str | None:
     trained_on = read_fingerprints(adapter.parent).get(WEIGHTS)
     if trained_on is None or trained_on != weights_hash(policy.start).get(WEIGHTS):
         return "its adapter was not trained on the weights that the policy starts from"
+    was, now = recorded_settings(adapter.parent).get("model", {}).get("quantise"), context.recipe.model.quantise
+    if was != now:
+        return f"its adapter was trained with `model.quantise` = {was}, and now that is {now}"
     theirs, ours = adapter_settings(adapter), adapter_settings(policy.model)
     if theirs != ours:
         return f"its adapter is {theirs}, and the policy's {ours}"

@@ -139,7 +139,7 @@ def run_reward(context: Context) -> dict[str, Any]:
     def body(run: RunFolder) -> dict[str, Any]:
         for note in part.notes:
             context.say(note)
-        policy = LoadedPolicy.of(context, start)
+        policy = LoadedPolicy.base(context, start)
         train, held_out = split_holdout(part.groups, context.recipe.data.holdout)
         items = _comparisons(context, train, policy, section, "comparisons")
         tests = _comparisons(context, held_out, policy, section, "held-out comparisons")
@@ -151,7 +151,8 @@ def run_reward(context: Context) -> dict[str, Any]:
         # Nobody needs the policy any more: frozen, it gives its trunk to the reward model instead of a copy.
         policy.model.requires_grad_(False)
         model = reward_model_from(policy.model, torch_seed(context.seed, "reward-head"), heads=heads)
-        model.requires_grad_(True)
+        if context.recipe.model.adapter is None:
+            model.requires_grad_(True)
         adapt(context, model, "reward")
         reading: dict[str, Any] = {"layout": layout, "pad_id": policy.pad_id, "budget": section.micro_batch_tokens}
 

@@ -32,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from accord.atomic import new_folder
 from accord.errors import ConfigError, TrainingError
 from accord.models.heads import score_head
+from accord.models.quantise import dequantise, is_quantised, plain_layer, quantised_weight
 
 __all__ = [
     "CONFIG_FILE",
@@ -115,6 +116,7 @@ def add_adapter(
         fan_in_fan_out=all(isinstance(layers[name], Conv1D) for name in names),
         task_type="SEQ_CLS" if has_head else "CAUSAL_LM",
     )
+    model.is_loaded_in_4bit = is_quantised(model)  # where peft looks
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -154,11 +156,16 @@ def fold_adapter(model: Any) -> None:
 
     It is done in place, without a second copy: whoever shares the weights is changed too, and there is no way back to
     the reference (a weight that was added to and subtracted from again has other bits). So it comes last. Results are
-    those of the adapted model up to the rounding of the weights.
+    those of the adapted model up to the rounding of the weights. Quantised weights become whole again.
     """
     for name, layer in list(_adapted(model)):
-        layer.merge()
-        model.set_submodule(name, layer.get_base_layer())
+        if is_quantised(layer):
+            model.set_submodule(name, plain_layer(layer.get_base_layer(), _merged_weight(layer)))
+        else:
+            layer.merge()
+            model.set_submodule(name, layer.get_base_layer())
+    dequantise(model)
+    model.is_loaded_in_4bit = False
     del model.peft_config
 
 
@@ -224,12 +231,15 @@ def load_adapter(model: Any, folder: Path) -> None:
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint must hold of a model: its `state_dict` but for the parameters that are frozen.
+    """What a checkpoint must hold of a model: its `state_dict` but for the parameters that are frozen, and for what
+    quantised ones have beside them under longer names (`weight.absmax`).
 
     When everything trains that is everything: tied weights under each of their names, and buffers.
     """
     frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+    quantised = tuple(f"{name}." for name in frozen) if is_quantised(model) else ()
+    state = model.state_dict()
+    return {name: tensor for name, tensor in state.items() if name not in frozen and not name.startswith(quantised)}
 
 
 def load_trainable_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -264,6 +274,15 @@ def _set_lengths(model: nn.Module) -> None:
         weight = dequantize_module_weight(layer.get_base_layer()).to(first.weight.dtype)
         vector = layer.lora_magnitude_vector[_NAME]
         vector.weight.copy_(vector.get_weight_norm(weight, vector.get_lora_weight(first, second), layer.scaling[_NAME]))
+
+
+def _merged_weight(layer: Any) -> Tensor:
+    """(out, in) a quantised layer's weights with its adapter folded in. `peft` would quantise the result again."""
+    weight = quantised_weight(layer.get_base_layer())
+    variant = layer.lora_variant.get(_NAME)
+    if variant is not None:
+        return variant.merge_safe(layer, _NAME, weight).detach()
+    return (weight + layer.get_delta_weight(_NAME)).to(weight.dtype).detach()
 
 
 def _linear_layers(model: Any) -> dict[str, nn.Module]:

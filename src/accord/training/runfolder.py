@@ -29,7 +29,7 @@ from accord.errors import CheckpointError, TrainingError
 from accord.guards import GUARD_LOG
 from accord.training.environment import environment, environment_changes
 
-__all__ = ["RunFolder", "read_fingerprints", "read_summary"]
+__all__ = ["RunFolder", "read_fingerprints", "read_summary", "recorded_settings"]
 
 CONFIG = "config.yaml"
 RUN = "run.json"
@@ -166,6 +166,14 @@ def read_fingerprints(path: Path) -> dict[str, str]:
     Raises: CheckpointError for a record that is damaged.
     """
     return dict(_read_run(path)["data"]) if (path / RUN).exists() else {}
+
+
+def recorded_settings(path: Path) -> dict[str, Any]:
+    """The settings the run in `path` was begun with; empty without a run there.
+
+    Raises: CheckpointError for a record that is damaged.
+    """
+    return dict(_read_run(path)["config"]) if (path / RUN).exists() else {}
 
 
 def _take_lock(path: Path) -> IO[str]:
