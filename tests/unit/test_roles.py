@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -269,6 +270,7 @@ def test_a_reward_model_trained_as_an_adapter_is_one_on_the_policys_trunk(reward
         ("no adapter", "there is no adapter in"),
         ("other weights", "not trained on the weights that the policy starts from"),
         ("no record", "not trained on the weights that the policy starts from"),
+        ("other bits", "its adapter was trained with `model.quantise` = nf4, and now that is None"),
         ("other rank", "its adapter is lora of rank 4 and alpha 8 on "),
     ],
 )
@@ -280,6 +282,10 @@ def test_otherwise_it_has_weights_of_its_own_and_the_reason_is_said(spoil: str, 
         save_model(model_of("llama", seed=9), word_tokenizer(), start)
     elif spoil == "no record":
         (reward_run / "reward" / "run.json").unlink()
+    elif spoil == "other bits":
+        record = json.loads((reward_run / "reward" / "run.json").read_text())
+        record["config"] = {"model": {"quantise": "nf4"}}
+        (reward_run / "reward" / "run.json").write_text(json.dumps(record))
     context, screen = context_of(reward_run, adapter={"rank": 2 if spoil == "other rank" else 4, "alpha": 8})
     policy = LoadedPolicy.to_train(context, start, "ppo")
     found, _ = reward_model_beside(context, policy, reward_run / "reward" / "model")
