@@ -35,7 +35,8 @@ def reports():
 check("import accord", lambda: __import__("accord"))
 check("--help", lambda: command("--help"))
 check("--version", lambda: command("--version"))
-for verb in ("sft", "reward", "dpo", "orpo", "kto", "ppo", "evaluate", "run", "loop", "profile", "quickstart", "methods"):
+commands = ("run", "loop", "profile", "quickstart", "methods")
+for verb in ("sft", "reward", "dpo", "orpo", "kto", "ppo", "evaluate", *commands):
     check(f"{verb} --help", lambda: command(verb, "--help"))
 check("methods", lambda: command("methods"))
 check("benchmark randomwalks --help", lambda: command("benchmark", "randomwalks", "--help"))

@@ -38,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     monkeypatch.chdir(tmp_path)
-    for name, value in {"SQUARES": (64,), "SECONDS": 0.01, "COPY_BYTES": 1 << 16}.items():
+    for name, value in {"SQUARES": (64,), "SECONDS": 0.01, "MEMORY_BYTES": 1 << 16}.items():
         monkeypatch.setattr(machine, name, value)
     return tmp_path
 
@@ -115,7 +115,7 @@ def test_rows_stand_beside_the_machine() -> None:
         "data": Measured(seconds=0.5),
         "sampling": Measured(seconds=2.5, tokens=3, useful=50),
     }
-    rows, update, total = rows_of(measured, peak=100, copied=10)
+    rows, update, total = rows_of(measured, peak=100, moved=10)
     assert [row.phase for row in rows] == ["sampling", "forward", "optimiser", "data"]
     assert [row.share for row in rows] == [0.5, 0.2, 0.2, 0.1]
     forward = rows[1]
@@ -132,7 +132,7 @@ def test_the_reading_accounts_for_every_second() -> None:
         "data": Measured(seconds=3.5),
         "logging": Measured(seconds=0.5),
     }
-    rows, update, total = rows_of(measured, peak=100, copied=10)
+    rows, update, total = rows_of(measured, peak=100, moved=10)
     text = reading(StageProfile("sft", 1, 10, 10, 10, rows, update, total, {}, 1, 1, ()), peak=100)
     assert "3 s of the 10 s at this machine's peak: 30.0%" in text
     assert "25.0% is arithmetic" in text and "5.0% is what the peak would take for padding" in text

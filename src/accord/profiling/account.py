@@ -39,7 +39,7 @@ class Row:
     share     of the iteration's seconds
     rate      useful floating-point operations a second, 0 where there are none
     of_peak   that, as a fraction of the peak
-    bound     seconds that the useful operations take at the peak, and the bytes at the speed of a copy
+    bound     seconds that the useful operations take at the peak, and the bytes at the speed memory moves at
     """
 
     phase: str
@@ -80,13 +80,13 @@ class StageProfile:
     notes: tuple[str, ...]
 
 
-def rows_of(measured: Mapping[str, Measured], *, peak: float, copied: float) -> tuple[tuple[Row, ...], Row, Row]:
+def rows_of(measured: Mapping[str, Measured], *, peak: float, moved: float) -> tuple[tuple[Row, ...], Row, Row]:
     """(a row for each phase that took time, the update's three together, all together).
 
-    bound = useful / peak + bytes / copied        of_peak = useful / seconds / peak
+    bound = useful / peak + bytes / moved        of_peak = useful / seconds / peak
 
     Args:
-        peak: floating-point operations a second. copied: bytes a second.
+        peak: floating-point operations a second. moved: bytes a second.
     """
     whole = sum(m.seconds for m in measured.values())
 
@@ -103,7 +103,7 @@ def rows_of(measured: Mapping[str, Measured], *, peak: float, copied: float) -> 
             overhead=sum(m.overhead for m in parts),
             rate=rate,
             of_peak=rate / peak,
-            bound=useful / peak + sum(m.bytes for m in parts) / copied,
+            bound=useful / peak + sum(m.bytes for m in parts) / moved,
         )
 
     rows = tuple(row(name, [measured[name]]) for name in PHASES if name in measured)

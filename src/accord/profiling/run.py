@@ -231,7 +231,7 @@ def _stage_profile(
         times = [iteration[name] for iteration in measured if name in iteration]
         if times:
             means[name] = _times(mean_of(times), larger / every)
-    rows, update, total = rows_of(means, peak=machine.peak, copied=machine.copied)
+    rows, update, total = rows_of(means, peak=machine.peak, moved=machine.moved)
     usual = [sum(m.seconds for name, m in iteration.items() if name not in rare) for iteration in steady]
     seldom = sum(means[name].seconds for name in rare if name in means)
     once = {name: s * (scale if name in ("reference", "data") else 1) for name, s in observer.clock.outside[0].items()}
@@ -297,7 +297,7 @@ def _machine_line(machine: Machine) -> str:
     reach = f"; the model's own shapes {min(model):.1f} to {max(model):.1f}" if model else ""
     return (
         f"Peak {machine.peak / 1e9:.1f} GFLOP/s ({machine.dtype}, {machine.device}, {machine.threads} threads; median "
-        f"of the best shape{reach}); memory copied at {machine.copied / 1e9:.1f} GB/s."
+        f"of the best shape{reach}); memory moves at {machine.moved / 1e9:.1f} GB/s."
     )
 
 
