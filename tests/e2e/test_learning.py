@@ -190,8 +190,9 @@ def rule_scores(out: Path, reward: Callable[..., float], **ppo: Any) -> tuple[fl
     return counts[0], sum(counts[-3:]) / 3
 
 
-def test_ppo_raises_a_reward_that_counts_a_letter(tmp_path: Path) -> None:
-    before, after = rule_scores(tmp_path, a_count)
+@pytest.mark.parametrize("trunk", ["own", "policy"])
+def test_ppo_raises_a_reward_that_counts_a_letter(trunk: str, tmp_path: Path) -> None:
+    before, after = rule_scores(tmp_path, a_count, value_trunk=trunk)
     assert 2 < before < 4
     assert after > 8
 

@@ -161,7 +161,7 @@ def test_ppo_carries_advantages_across_what_others_wrote() -> None:
     )
     made = cast()
     learner = trainer("ppo", made, config)
-    value = copy.deepcopy(learner._critic.model)
+    value = copy.deepcopy(learner._pupils._value_model)
     rollout = first_rollout("ppo", copy.deepcopy(made), config)
     advantages, returns, kls = [], [], []
     for i, conversation in enumerate(rollout.conversations):

@@ -249,7 +249,7 @@ def test_mixing_adds_the_gradients_of_both() -> None:
 def gradients_of(made: Made) -> dict[str, torch.Tensor]:
     """The policy's gradients as its optimiser finds them in the first update."""
     seen: dict[str, torch.Tensor] = {}
-    optimiser = made.trainer._actor._optimiser
+    optimiser = made.trainer._pupils._policy_optimiser
     update = optimiser.update
 
     def watched(rate: float) -> Any:

@@ -284,10 +284,30 @@ def _reinforce(reinforce: REINFORCEConfig) -> list[str]:
     return []
 
 
-def _ppo(ppo: PPOConfig) -> list[str]:
+def _value_model(ppo: PPOConfig) -> list[str]:
+    """What is said of a value model that is not there, or of its being only a head."""
+    if ppo.value_trunk == "own":
+        read = ["`ppo.value_coef` is read only by `ppo.value_trunk` = policy: a value model of its own is not weighed"]
+        return read if _changed(ppo, "value_coef") else []
     problems: list[str] = []
+    if ppo.value_learning_rate is not None:
+        problems.append(
+            "`ppo.value_learning_rate` has no place with `ppo.value_trunk` = policy, where one optimiser moves both: "
+            "set `ppo.value_coef`"
+        )
+    if _changed(ppo, "value_init") and ppo.value_init != "policy":
+        problems.append(
+            f"`ppo.value_init` = {ppo.value_init}, but with `ppo.value_trunk` = policy the value model is a head of "
+            "zeros on the policy: leave `ppo.value_init` out, or set `ppo.value_trunk` = own"
+        )
+    return problems
+
+
+def _ppo(ppo: PPOConfig) -> list[str]:
+    problems = _value_model(ppo)
     modelled = any(scorer.model is not None for scorer in ppo.scorers.values())
-    if (ppo.reward_function is not None or (ppo.scorers and not modelled)) and ppo.value_init == "reward":
+    unmodelled = ppo.reward_function is not None or (bool(ppo.scorers) and not modelled)
+    if unmodelled and ppo.value_init == "reward" and ppo.value_trunk == "own":
         given = "reward_function" if ppo.reward_function is not None else "scorers"
         problems.append(
             f"`ppo.value_init` = reward, but `ppo.{given}` is no model to start from: set `ppo.value_init` = policy"

@@ -78,6 +78,7 @@ _PPO = {
     "lambd": "gae_lambda",
     "ent_coef": "entropy_coef",
     "entropy_loss_coef": "entropy_coef",
+    "vf_coef": "ppo.value_coef",
     "freezing_actor_steps": "value_warmup",
     "scale_rewards": "advantage_scale",
     "response_length": "max_new_tokens",
@@ -157,6 +158,7 @@ _TRLX = {
     "method.lam": "ppo.gae_lambda",
     "method.cliprange": "ppo.clip_range",
     "method.cliprange_value": "ppo.value_clip_range",
+    "method.vf_coef": "ppo.value_coef",
     "method.cliprange_reward": "ppo.score_clip",
     "method.scale_reward": "ppo.shaping.running",
     "method.gen_kwargs.max_new_tokens": "ppo.max_new_tokens",
@@ -227,7 +229,7 @@ RENAMED = MappingProxyType(_BATCHES | _OPTIMISER | _PPO | _FIXED_DATA | _MODEL_A
 
 _LOGS = "there is no such option: every step is in metrics.jsonl, and report.html needs no service"
 _FULL = "there is no such option: weights and optimiser are float32"
-_VALUE = "there is no such option: the value model has weights and an optimiser of its own, see `value_learning_rate`"
+_VALUE = "there is no such option: the value model has all its weights to itself, or none; see `value_trunk`"
 _RESUME = "there is no such option: run the same command again, and it continues bit for bit"
 _STOP = "there is no such option: an answer ends at the chat template's end of turn or the tokenizer's end token"
 _ONE = "there is no such option: one process, and memory is set by `micro_batch_tokens`"
@@ -238,7 +240,7 @@ ABSENT = MappingProxyType(
         ("logging_steps", "report_to", "log_with", "tracker_project_name", "use_wandb", "train.tracker"), _LOGS
     )
     | dict.fromkeys(("bf16", "fp16", "dtype", "ds.param_dtype"), _FULL)
-    | dict.fromkeys(("vf_coef", "method.vf_coef", "method.num_value_layers_unfrozen"), _VALUE)
+    | {"method.num_value_layers_unfrozen": _VALUE}
     | dict.fromkeys(
         ("resume_from_checkpoint", "train.resume_from_checkpoint", "load_checkpoint", "ckpt.load_enable"), _RESUME
     )

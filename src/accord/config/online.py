@@ -178,6 +178,14 @@ class PPOConfig(TokenKLFields):
         "the policy (PPO-ptx); 0 = off.",
     )
     ptx_batch_size: int = Field(32, ge=1, description="Demonstrations per update, with ptx_coef.")
+    value_trunk: Literal["own", "policy"] = Field(
+        "own",
+        description="`own`: the value model is a model of its own. `policy`: it is a head, from zeros, on the policy's "
+        "trunk, and one pass teaches both: about half the work and memory, but both pull at the same weights.",
+    )
+    value_coef: float = Field(
+        0.1, gt=0, description="Weight of the value loss beside the policy's, with `value_trunk` = policy."
+    )
     value_init: str = Field(
         "reward",
         min_length=1,

@@ -68,7 +68,7 @@ def _check_scored(recipe: Recipe, stage: str, section: SamplingFields, given: Co
         return
     if getattr(section, "environment", None) is None:
         raise nothing_scores(stage)
-    if getattr(section, "value_init", None) == "reward":
+    if getattr(section, "value_init", None) == "reward" and getattr(section, "value_trunk", None) == "own":
         raise ConfigError(
             f"`{stage}.value_init` = reward, but only the environment scores, which is no model to start from: set "
             f"`{stage}.value_init` = policy"

@@ -119,10 +119,12 @@ def _memory(recipe: Recipe, stage: str, parameters: int, part: _Part | None) -> 
     frozen copy of the top blocks; the value model has a part of its own. So has a reward model that was made from the
     same weights; any other is whole, and then the value model stands on it.
     """
+    section, reward = getattr(recipe, stage), recipe.reward
     trained, frozen = STAGES[stage].trained, STAGES[stage].frozen
+    if getattr(section, "value_trunk", "own") == "policy":
+        trained -= 1  # a head has no weights to speak of
     if part is None or not trained:
         return f"{trained} trained, {frozen} frozen", (trained * TRAINED + frozen * FROZEN) * parameters
-    section, reward = getattr(recipe, stage), recipe.reward
     has_reference, has_scorer = isinstance(section, RolloutFields), isinstance(section, SamplingFields)
     shared_scorer = has_scorer and section.reward_model is None and reward is not None and section.init == reward.init
     whole = 1 + (has_scorer and not shared_scorer)

@@ -4,11 +4,12 @@
     advantages = GAE(reward, values), whitened over the rollout
     loss       = clipped policy loss - entropy_coef * entropy
                  [+ kl_coef * KL, if not in the reward] [+ ptx_coef * SFT loss]
-    value loss = clipped squared error, with an optimiser of its own
+    value loss = clipped squared error, with an optimiser of its own; or, on the policy's trunk, added to the policy's
 
 Source: Ziegler et al. 2019, arXiv:1909.08593; Stiennon et al. 2020, arXiv:2009.01325; Schulman et al. 2017,
-arXiv:1707.06347. Departures: the value model has an optimiser of its own, so there is no value coefficient; the score
-stands at the last token (see `token_rewards`); a completion cut by length is scored as it is, less a penalty.
+arXiv:1707.06347. Departures: by default the value model has a trunk and an optimiser of its own, so there is no value
+coefficient; the score stands at the last token (see `token_rewards`); a completion cut by length is scored as it is,
+less a penalty.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from accord.methods.online import (
     sampler_correction,
     step_outcome,
 )
-from accord.methods.ppo_update import Actor, Critic, Signal
+from accord.methods.ppo_update import OneTrunk, Pupils, Signal, TwoModels
 from accord.methods.ptx import Imitation
 from accord.methods.rollouts import Prompt, Rollout, RolloutModels, collect
 from accord.phases import phase
@@ -47,7 +48,10 @@ __all__ = ["PPOTrainer"]
 
 
 class PPOTrainer:
-    """Collect a rollout, learn from it, forget it; see `accord.training.loop.Trainer`."""
+    """Collect a rollout, learn from it, forget it; see `accord.training.loop.Trainer`.
+
+    `value` is the value model; with `value_trunk` = policy, the head on the policy's trunk.
+    """
 
     stage = "ppo"
 
@@ -65,8 +69,8 @@ class PPOTrainer:
         self.total_steps = -(-section.episodes // self.episodes_per_step)
         self.drift: float = 0.0  # the largest |ratio - 1| seen before any update of a rollout
         self._models, self._prompts, self._section, self._seed = models, prompts, section, seed
-        self._actor = Actor(models.policy, section, self.total_steps)
-        self._critic = Critic(value, section, self.total_steps)
+        kind = OneTrunk if section.value_trunk == "policy" else TwoModels
+        self._pupils: Pupils = kind(models.policy, value, section, self.total_steps)
         self._imitation, self._kl_coef = imitation, section.kl_coef
 
     def step(self, step: int) -> StepOutcome:
@@ -83,7 +87,7 @@ class PPOTrainer:
         score_seconds, update_seconds = rollout.score_seconds, 0.0
         if ending is None:
             scored = time.monotonic()
-            values = self._critic.values(rollout, self._models)
+            values = self._pupils.values(rollout, self._models)
             started = time.monotonic()
             score_seconds += started - scored
             mask = learned_tokens(rollout)
@@ -101,17 +105,12 @@ class PPOTrainer:
         )  # fmt: skip
 
     def capture(self) -> Captured:
-        actor, critic = self._actor.capture(), self._critic.capture()
-        return Captured(
-            actor.tensors | critic.tensors,
-            actor.values
-            | critic.values
-            | {"kl_coef": self._kl_coef, "drift": self.drift, "rewards": self._models.rewards.capture()},
-        )
+        pupils = self._pupils.capture()
+        own = {"kl_coef": self._kl_coef, "drift": self.drift, "rewards": self._models.rewards.capture()}
+        return Captured(pupils.tensors, pupils.values | own)
 
     def restore(self, captured: Captured) -> None:
-        self._actor.restore(captured)
-        self._critic.restore(captured)
+        self._pupils.restore(captured)
         self._kl_coef, self.drift = captured.values["kl_coef"], captured.values["drift"]
         self._models.rewards.restore(captured.values["rewards"])
 
@@ -127,42 +126,34 @@ class PPOTrainer:
     def _update(self, step: int, rollout: Rollout, signal: Signal) -> dict[str, float]:
         """Learn from the rollout, minibatch by minibatch. In the value model's warm-up the policy takes no part."""
         section, choice = self._section, learned(rollout)
-        actor = self._actor if step > section.value_warmup else None
-        learning = [learner for learner in (actor, self._critic) if learner is not None]
-        totals = {"minibatches": 0.0, "updates": 0.0}
-        totals |= {learner.norm: 0.0 for learner in learning}
+        teaches_policy = step > section.value_warmup
+        totals = {"minibatches": 0.0, "updates": 0.0, "grad_norm": 0.0, "value_grad_norm": 0.0}
         deviations: list[float] = []
         first = (step - 1) * section.update_epochs * section.minibatches + 1
         for number, groups in enumerate(minibatches(step, section, len(choice.groups), self._seed, "ppo"), first):
-            sums, deviation = self._accumulate(actor, rollout, choice, groups, signal)
+            sums, deviation = self._accumulate(rollout, choice, groups, signal, teaches_policy)
             add_sums(totals, {**sums, "minibatches": 1})
             deviations.append(deviation)
             if _too_far(sums, section):
-                for learner in learning:
-                    learner.discard()
+                self._pupils.discard()
                 break
-            if actor is not None and self._imitation is not None:
+            if teaches_policy and self._imitation is not None:
                 add_sums(totals, self._imitation.accumulate(self._models.policy, number))
-            for learner in learning:
-                add_sums(totals, learner.update(step))
+            add_sums(totals, self._pupils.update(step, teaches_policy=teaches_policy))
             totals["updates"] += 1
-        metrics = {
-            "train/updates": totals["updates"],
-            "train/skipped_updates": float(self._actor.skipped + self._critic.skipped),
-        }
+        metrics = {"train/updates": totals["updates"], "train/skipped_updates": float(self._pupils.skipped)}
         if not choice.groups:  # every completion was cut by length, and those are left out
             return metrics
-        for learner in learning:
-            metrics |= learner.metrics(totals, step)
+        metrics |= self._pupils.metrics(totals, step, teaches_policy=teaches_policy)
         if totals.get("ptx_tokens"):
             metrics["train/ptx_loss"] = totals["ptx_nll"] / totals["ptx_tokens"]
-        if actor is not None:
+        if teaches_policy:
             self.drift = max(self.drift, deviations[0])
             metrics["train/ratio_max_deviation"] = deviations[0]
         return metrics
 
     def _accumulate(
-        self, actor: Actor | None, rollout: Rollout, choice: Choice, groups: list[int], signal: Signal
+        self, rollout: Rollout, choice: Choice, groups: list[int], signal: Signal, teaches_policy: bool
     ) -> tuple[dict[str, float], float]:
         """Gradients of one minibatch, whatever number of passes it takes; sums over its tokens, and how far the ratio
         of a token was from 1."""
@@ -170,11 +161,9 @@ class PPOTrainer:
         sums: dict[str, float] = {}
         deviation = 0.0
         for part in parts(rollout, choice, groups, self._models, self._section):
-            if actor is not None:
-                policy_sums, part_deviation = actor.accumulate(part, signal, count)
-                add_sums(sums, policy_sums)
-                deviation = max(deviation, part_deviation)
-            add_sums(sums, self._critic.accumulate(part, signal, count))
+            part_sums, part_deviation = self._pupils.accumulate(part, signal, count, teaches_policy=teaches_policy)
+            add_sums(sums, part_sums)
+            deviation = max(deviation, part_deviation)
         return sums, deviation
 
 

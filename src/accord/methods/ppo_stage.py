@@ -13,7 +13,7 @@ from accord.methods.plan import imitated
 from accord.methods.ppo import PPOTrainer
 from accord.methods.ptx import Imitation
 from accord.methods.reward_models import value_model_beside
-from accord.models.load import fresh_value_model, load_reward_model
+from accord.models.load import fresh_value_model, load_reward_model, value_head
 
 __all__ = ["run_ppo"]
 
@@ -29,7 +29,7 @@ def run_ppo(context: Context) -> dict[str, Any]:
         return PPOTrainer(cast.models, value, cast.prompts, section, context.seed, imitation)
 
     imitated_part = context.corpus.imitated() if section.ptx_coef else Part()
-    own = section.value_init in ("reward", "policy")
+    own = section.value_trunk == "policy" or section.value_init in ("reward", "policy")
     weights = {} if own else {"value weights": "".join(weights_hash(section.value_init).values())}
     besides = Part(sources=imitated_part.sources | weights, notes=imitated_part.notes)
     return run_rollout_stage(context, "ppo", section, trainer, besides=besides)
@@ -47,6 +47,8 @@ def _imitation(context: Context, section: PPOConfig, cast: Cast) -> Imitation | 
 
 def _value_model(context: Context, section: PPOConfig, cast: Cast) -> Any:
     policy, reward_model = cast.policy.model, cast.reward_model
+    if section.value_trunk == "policy":
+        return value_head(policy)
     if section.value_init not in ("reward", "policy"):
         reward_model, _ = load_reward_model(section.value_init, device=context.device)
     if section.value_init != "policy" and reward_model is not None:

@@ -43,6 +43,7 @@ __all__ = [
     "reward_model_from",
     "save_model",
     "unread_tensors",
+    "value_head",
     "value_model_from",
 ]
 
@@ -170,6 +171,14 @@ def fresh_value_model(policy: Any) -> Any:
     with torch.no_grad():
         scalar_head(model).weight.zero_()
     return model
+
+
+def value_head(policy: Any) -> nn.Linear:
+    """A head for values on the policy's own trunk, of zeros for the reason given at `fresh_value_model`."""
+    trunk = policy.base_model
+    head = nn.Linear(policy.config.get_text_config().hidden_size, 1, bias=False, device=policy.device)
+    nn.init.zeros_(head.weight)
+    return head.to(next(p.dtype for p in trunk.parameters()))
 
 
 def value_model_from(reward_model: Any, *, sharing: bool = False) -> Any:

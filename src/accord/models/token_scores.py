@@ -22,6 +22,7 @@ __all__ = [
     "TokenScores",
     "attention_window",
     "head_scores",
+    "hidden_states",
     "last_hidden_states",
     "logit_transform",
     "predicting_states",
@@ -30,6 +31,8 @@ __all__ = [
     "score_values",
     "spread",
     "token_head_scores",
+    "tokens_of",
+    "values_of",
 ]
 
 
@@ -59,10 +62,27 @@ def score_tokens(
     The vocabulary projection runs at the scored tokens alone: all that exist ("valid") or those in the loss ("loss").
     `chunk_rows` is `token_logprobs`'.
     """
+    return tokens_of(
+        model, hidden_states(model, batch), batch,
+        temperature=temperature, with_entropy=with_entropy, mask=mask, chunk_rows=chunk_rows,
+    )  # fmt: skip
+
+
+def tokens_of(
+    model: Any,
+    hidden: Tensor,
+    batch: CompletionBatch,
+    *,
+    temperature: float,
+    with_entropy: bool,
+    mask: Literal["loss", "valid"],
+    chunk_rows: int | None = None,
+) -> TokenScores:
+    """`score_tokens` from the model's hidden states (R, L, H), for whoever needs these for something else as well."""
     scored = batch.valid_mask if mask == "valid" else batch.completion_mask
     head = model.get_output_embeddings()
     logprobs, entropies = token_logprobs(
-        predicting_states(model, batch, scored),
+        _predicting(hidden, batch, scored),
         head.weight,
         head.bias,
         batch.completion_ids[scored],
@@ -77,9 +97,13 @@ def score_tokens(
 
 def score_values(value_model: Any, batch: CompletionBatch) -> Tensor:
     """(C, T) value before each completion token: the head on the hidden state that predicts it. 0 where no token is."""
-    hidden = _hidden_states(value_model, batch)
+    return values_of(scalar_head(value_model), hidden_states(value_model, batch), batch)
+
+
+def values_of(head: Any, hidden: Tensor, batch: CompletionBatch) -> Tensor:
+    """`score_values` from hidden states (R, L, H) and a head on them, H to 1."""
     # The head runs everywhere: H multiplications a place cost less than gathering and scattering H numbers a token.
-    values = _at_least_float32(scalar_head(value_model)(hidden)).flatten()
+    values = _at_least_float32(head(hidden)).flatten()
     places = (batch.row_index[:, None] * hidden.shape[1] + batch.predict_index)[batch.valid_mask]
     return spread(values.index_select(0, places), batch.valid_mask)
 
@@ -97,7 +121,7 @@ def score_completions(reward_model: Any, batch: CompletionBatch) -> Tensor:
 def token_head_scores(reward_model: Any, batch: CompletionBatch) -> Tensor:
     """(C, T, K) score by each head of each completion as far as token t: the heads on that token's hidden state. 0,
     without gradient, where there is no token."""
-    hidden = _hidden_states(reward_model, batch)
+    hidden = hidden_states(reward_model, batch)
     scores = _at_least_float32(score_head(reward_model)(hidden)).flatten(0, 1)
     places = batch.row_index[:, None] * hidden.shape[1] + batch.token_index
     return torch.where(batch.valid_mask[:, :, None], scores[places], 0.0)
@@ -105,14 +129,17 @@ def token_head_scores(reward_model: Any, batch: CompletionBatch) -> Tensor:
 
 def last_hidden_states(model: Any, batch: CompletionBatch) -> Tensor:
     """(C, H) hidden state at each completion's last token."""
-    hidden = _hidden_states(model, batch)
+    hidden = hidden_states(model, batch)
     places = batch.row_index * hidden.shape[1] + batch.last_index
     return hidden.flatten(0, 1).index_select(0, places)
 
 
 def predicting_states(model: Any, batch: CompletionBatch, scored: Tensor) -> Tensor:
     """(N, H) hidden states that predict the True tokens of `scored` (C, T), row by row."""
-    hidden = _hidden_states(model, batch)
+    return _predicting(hidden_states(model, batch), batch, scored)
+
+
+def _predicting(hidden: Tensor, batch: CompletionBatch, scored: Tensor) -> Tensor:
     places = (batch.row_index[:, None] * hidden.shape[1] + batch.predict_index)[scored]
     return hidden.flatten(0, 1).index_select(0, places)
 
@@ -146,8 +173,8 @@ def spread(values: Tensor, mask: Tensor) -> Tensor:
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
-def _hidden_states(model: Any, batch: CompletionBatch) -> Tensor:
-    """(R, L, H) from the trunk."""
+def hidden_states(model: Any, batch: CompletionBatch) -> Tensor:
+    """(R, L, H) what the trunk makes of every place of the batch's rows."""
     if batch.attention_mask.dim() == 2:
         # Under a causal mask no token sees the padding to its right, so padding may pass for real: only then does the
         # fast causal kernel run. The model counts positions by itself.
