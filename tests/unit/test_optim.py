@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from accord.config import OptimiserFields
-from accord.errors import TrainingError
+from accord.errors import ConfigError, TrainingError
+from accord.models import extras
 from accord.training.optim import MAX_SKIPPED_IN_A_ROW, Optimiser, learning_rate_at
 
 
@@ -179,3 +183,71 @@ def test_restoring_copies_so_that_the_snapshot_is_not_trained_on() -> None:
     give_gradients(model, 1.0)
     restored.update(0.1)
     assert all(torch.equal(snapshot[name], kept[name]) for name in kept)
+
+
+# --- moments of 8 bits -----------------------------------------------------------------------------------------------
+
+needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+EIGHT = OptimiserFields(optimiser="adamw_8bit", weight_decay=0.1)
+
+
+class Wide(nn.Module):
+    """A matrix that is large enough for moments of 8 bits, and a vector that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.matrix = nn.Parameter(torch.randn(64, 72, generator=generator))
+        self.vector = nn.Parameter(torch.randn(72, generator=generator))
+
+    def step(self, optimiser: Optimiser, rate: float = 0.01) -> None:
+        """Towards ones, along a gradient of many sizes."""
+        (self.matrix - 1).square().mul(torch.arange(1.0, 73.0)).mean().backward()
+        (self.vector - 1).square().mean().backward()
+        assert optimiser.update(rate).applied
+
+
+@needs_bitsandbytes
+def test_moments_of_8_bits_follow_those_of_32() -> None:
+    """The first step is AdamW's own, weight decay on the matrix included: moments are rounded after they are used."""
+    ours, theirs = Wide(), Wide()
+    start = ours.matrix.detach().clone()
+    optimisers = Optimiser(ours, EIGHT), Optimiser(theirs, OptimiserFields(weight_decay=0.1))
+    for model, optimiser in zip((ours, theirs), optimisers, strict=True):
+        model.step(optimiser)
+    torch.testing.assert_close(ours.matrix, theirs.matrix, rtol=1e-5, atol=1e-5)
+    for _ in range(30):
+        for model, optimiser in zip((ours, theirs), optimisers, strict=True):
+            model.step(optimiser)
+    torch.testing.assert_close(ours.vector, theirs.vector, rtol=1e-4, atol=1e-4)
+    way = float((theirs.matrix - start).abs().mean().detach())
+    assert 0 < float((ours.matrix - theirs.matrix).abs().mean().detach()) < 0.05 * way
+    kinds = {key: tensor.dtype for key, tensor in optimisers[0].tensors().items() if "state" in key}
+    assert kinds == {
+        "state1:matrix": torch.uint8, "state2:matrix": torch.uint8,
+        "state1:vector": torch.float32, "state2:vector": torch.float32,
+    }  # fmt: skip
+
+
+@needs_bitsandbytes
+def test_moments_of_8_bits_are_restored_to_the_bit(tmp_path: Path) -> None:
+    model, other = Wide(), Wide()
+    optimiser = Optimiser(model, EIGHT)
+    for _ in range(3):
+        model.step(optimiser)
+    save_file(optimiser.tensors(), tmp_path / "optimiser.safetensors")
+    other.load_state_dict(model.state_dict())
+    restored = Optimiser(other, EIGHT)
+    restored.restore(load_file(tmp_path / "optimiser.safetensors"), optimiser.counters())
+    for _ in range(3):
+        model.step(optimiser)
+        other.step(restored)
+    assert torch.equal(model.matrix, other.matrix) and torch.equal(model.vector, other.vector)
+    assert optimiser.tensors().keys() == restored.tensors().keys()
+    assert all(torch.equal(value, restored.tensors()[name]) for name, value in optimiser.tensors().items())
+
+
+def test_moments_of_8_bits_without_the_package_are_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"`optimiser` needs bitsandbytes, which is not installed: pip install"):
+        Optimiser(Wide(), EIGHT)

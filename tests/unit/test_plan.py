@@ -49,7 +49,7 @@ def planned(
     model: dict[str, Any], adapter: dict[str, Any] | None, blocks: int | None = None, **more: Any
 ) -> tuple[list[str], str]:
     """What `--dry-run` says of sft and ppo: models in memory with their bytes, and what stands below the table."""
-    sections = {"sft": {}, "ppo": {"prompts_per_step": 4, "minibatches": 2}, **more}
+    sections = {"sft": {}, "ppo": {"prompts_per_step": 4, "minibatches": 2}} | more
     recipe = recipe_from({"model": model | {"adapter": adapter, "trainable_blocks": blocks}, **sections})
     table = plan_table(recipe, corpus(), ["sft", "ppo"])
     cells = [list(column.cells) for column in table.columns]
@@ -116,6 +116,17 @@ def test_a_trunk_in_4_bits_is_counted_as_such() -> None:
     linear = sum(p.numel() for name, p in model.named_parameters() if "_proj" in name)
     saved = number(whole.rpartition(": ")[2], " MB") - number(small.rpartition(": ")[2], " MB")
     assert abs(saved - linear * (32 - 4.127) / 8 / 1e6) <= 1
+
+
+def test_moments_of_8_bits_are_counted_as_such() -> None:
+    """Of what trains: 4 bytes of weight, 4 of gradient, and twice a byte with 4 more for every 256."""
+    scratch = {"hidden_size": 256, "layers": 8, "vocab_size": 8000}
+    (sft, ppo), caption = planned(
+        {"scratch": scratch}, None, ppo={"prompts_per_step": 4, "minibatches": 2, "optimiser": "adamw_8bit"}
+    )
+    whole = number(caption, " parameters")
+    assert sft == f"1 trained, 0 frozen: {16 * whole / 1e6:,.0f} MB"
+    assert ppo.startswith("2 trained, 2 frozen: ") and abs(number(ppo[21:], " MB") - 28.0625 * whole / 1e6) <= 1
 
 
 def test_a_reward_model_of_the_same_run_is_an_adapter_on_the_same_trunk() -> None:

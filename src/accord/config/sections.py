@@ -153,6 +153,10 @@ class DataConfig(Section):
 class OptimiserFields(Section):
     """What every training stage has: optimiser, schedule, batches, checkpoints."""
 
+    optimiser: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw",
+        description="`adamw`, or `adamw_8bit`: AdamW with moments of 8 bits, which needs the package bitsandbytes.",
+    )
     learning_rate: float = Field(2e-5, ge=0, description="Peak learning rate of AdamW.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "cosine", description="How the learning rate falls after warm-up; linear and cosine end at 0."

@@ -29,6 +29,7 @@ from accord.data.order import num_steps
 from accord.errors import ConfigError, DataError
 from accord.methods.catalogue import STAGES
 from accord.methods.corpus import Corpus, Part, split_holdout
+from accord.models.extras import require_bitsandbytes
 from accord.models.paths import check_model_path
 from accord.records import Group
 
@@ -46,6 +47,7 @@ __all__ = [
 
 # fp32 bytes for each parameter: weights, gradient and AdamW's two moments while training; weights alone while frozen.
 TRAINED, FROZEN = 16, 4
+TRAINED_8BIT = 4 + 4 + 2 * (1 + 4 / 256)  # with moments of 8 bits and their scales
 QUANTISED = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # of a weight in 4 bits with its scales
 # Parts of the names of matrices that are no linear layers of the trunk.
 NOT_LINEAR = ("embed", "wte", "wpe", "lm_head", "score")
@@ -123,24 +125,30 @@ def _memory(recipe: Recipe, stage: str, parameters: int, part: _Part | None) -> 
     trained, frozen = STAGES[stage].trained, STAGES[stage].frozen
     if getattr(section, "value_trunk", "own") == "policy":
         trained -= 1  # a head has no weights to speak of
+    each = TRAINED_8BIT if getattr(section, "optimiser", "adamw") == "adamw_8bit" else TRAINED
     if part is None or not trained:
-        return f"{trained} trained, {frozen} frozen", (trained * TRAINED + frozen * FROZEN) * parameters
+        return f"{trained} trained, {frozen} frozen", round((trained * each + frozen * FROZEN) * parameters)
     has_reference, has_scorer = isinstance(section, RolloutFields), isinstance(section, SamplingFields)
     shared_scorer = has_scorer and section.reward_model is None and reward is not None and section.init == reward.init
     whole = 1 + (has_scorer and not shared_scorer)
     parts = shared_scorer + (has_reference and not part.is_adapter)
     # Top blocks are trained in place; an adapter stands beside the weights.
-    own = trained * TRAINED - (0 if part.is_adapter else FROZEN)
+    own = trained * each - (0 if part.is_adapter else FROZEN)
     unit = "adapter" if part.is_adapter else "top"
     counted = [f"{trained} {unit}{'s' * (trained > 1)}", f"{parts} frozen {unit}{'s' * (parts > 1)}", f"{whole} frozen"]
     models = ", ".join(text for text in counted if not text.startswith("0"))
-    saved = round(_quantised_parameters(recipe) * (FROZEN - QUANTISED))  # by the policy's trunk; a scorer's is whole
-    return models, (own + parts * FROZEN) * part.parameters + whole * FROZEN * parameters - saved
+    saved = _quantised_parameters(recipe) * (FROZEN - QUANTISED)  # by the policy's trunk; a scorer's is whole
+    return models, round((own + parts * FROZEN) * part.parameters + whole * FROZEN * parameters - saved)
 
 
 def check_sizes(recipe: Recipe, corpus: Corpus, stages: list[str]) -> None:
-    """Raises ConfigError or DataError where a stage would find nothing to work on: now, not after the stages before."""
+    """Raises ConfigError or DataError where a stage would find nothing to work on, or a package that it needs is not
+    there: now, not after the stages before."""
+    if recipe.model.quantise is not None and any(STAGES[stage].trained for stage in stages if stage in STAGES):
+        require_bitsandbytes("model.quantise")
     for stage in stages:
+        if getattr(getattr(recipe, stage, None), "optimiser", "adamw") == "adamw_8bit":
+            require_bitsandbytes(f"{stage}.optimiser")
         _sizes(recipe, corpus, stage)
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from accord.config import OptimiserFields
 from accord.errors import TrainingError
+from accord.models.extras import require_bitsandbytes
 from accord.phases import phase
 
 __all__ = ["Optimiser", "Update", "learning_rate_at"]
 
 MAX_SKIPPED_IN_A_ROW = 5
+# What bitsandbytes keeps beside moments of 8 bits: the numbers their bits mean, by its own names.
+_TABLES = {"qmap1": "dynamic", "qmap2": "udynamic"}
 
 
 def learning_rate_at(step: int, total: int, peak: float, section: OptimiserFields) -> float:
@@ -43,19 +48,21 @@ class Update:
 
 
 class Optimiser:
-    """AdamW over one model, with global-norm clipping and a guard against non-finite gradients."""
+    """AdamW over one model, with global-norm clipping and a guard against non-finite gradients.
+
+    Its moments are float32, or (`adamw_8bit`) of 8 bits, in blocks of 256 with a scale each; of parameters below 4,096
+    numbers they are float32 then too. Source of those: Dettmers et al. 2021, arXiv:2110.02861, as in `bitsandbytes`.
+    Departures: embeddings are treated like other matrices.
+    Raises: ConfigError for `adamw_8bit` without bitsandbytes.
+    """
 
     def __init__(self, model: nn.Module, section: OptimiserFields) -> None:
         self._named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         matrices = [p for _, p in self._named if p.ndim >= 2]
         vectors = [p for _, p in self._named if p.ndim < 2]
-        self._adam = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": section.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-            lr=0.0,
-            betas=(section.adam_beta1, section.adam_beta2),
-            eps=section.adam_epsilon,
-            fused=True,
-        )
+        groups = [{"params": matrices, "weight_decay": section.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        self._in_8_bits = section.optimiser == "adamw_8bit"
+        self._adam = _adamw(groups, section)
         self._max_grad_norm = section.max_grad_norm
         self.skipped = 0
         self._skipped_in_a_row = 0
@@ -96,8 +103,7 @@ class Optimiser:
         return {
             f"{key}:{name}": value
             for name, parameter in self._named
-            for key, value in state.get(parameter, {}).items()
-            if isinstance(value, Tensor)
+            for key, value in self._kept(state.get(parameter, {}))
         }
 
     def counters(self) -> dict[str, int]:
@@ -109,4 +115,35 @@ class Optimiser:
         for key, value in tensors.items():
             moment, _, name = key.partition(":")
             self._adam.state[parameters[name]][moment] = value.to(parameters[name].device, copy=True)
+        if self._in_8_bits:
+            self._complete()
         self.skipped, self._skipped_in_a_row = counters["skipped"], counters["skipped_in_a_row"]
+
+    def _kept(self, state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+        """What a checkpoint holds of a parameter's state: numbers as tensors, but not the tables of what 8 bits mean."""
+        for key, value in state.items():
+            if key not in _TABLES:
+                yield key, value if isinstance(value, Tensor) else torch.tensor(value)
+
+    def _complete(self) -> None:
+        """Give restored states of 8 bits what bitsandbytes expects besides: the step as a number, and the tables."""
+        adam: Any = self._adam
+        adam.fill_qmap()
+        for parameter, state in adam.state.items():
+            state["step"] = int(state["step"])
+            if state["state1"].dtype == torch.uint8:
+                for key, table in _TABLES.items():
+                    adam.name2qmap[table] = adam.name2qmap[table].to(parameter.device)
+                    state[key] = adam.name2qmap[table]
+
+
+def _adamw(groups: list[dict[str, Any]], section: OptimiserFields) -> torch.optim.Optimizer:
+    options: dict[str, Any] = {
+        "lr": 0.0, "betas": (section.adam_beta1, section.adam_beta2), "eps": section.adam_epsilon
+    }  # fmt: skip
+    if section.optimiser == "adamw":
+        return torch.optim.AdamW(groups, **options, fused=True)
+    require_bitsandbytes("optimiser")
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(groups, **options)
