@@ -42,6 +42,7 @@ _BATCHES = {
 }
 
 _OPTIMISER = {
+    "optim": "optimiser",
     "lr": "learning_rate",
     "actor_learning_rate": "learning_rate",
     "critic_learning_rate": "value_learning_rate",

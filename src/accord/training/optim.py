@@ -120,7 +120,7 @@ class Optimiser:
         self.skipped, self._skipped_in_a_row = counters["skipped"], counters["skipped_in_a_row"]
 
     def _kept(self, state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-        """What a checkpoint holds of a parameter's state: numbers as tensors, but not the tables of what 8 bits mean."""
+        """What a checkpoint holds of a parameter: numbers as tensors, but not the tables of what 8 bits mean."""
         for key, value in state.items():
             if key not in _TABLES:
                 yield key, value if isinstance(value, Tensor) else torch.tensor(value)
