@@ -16,7 +16,7 @@ from typing import Any
 
 from accord.errors import AccordError
 
-__all__ = ["make_folder", "new_folder", "sync", "write_bytes", "write_json", "write_text"]
+__all__ = ["cache_folder", "make_folder", "new_folder", "sync", "write_bytes", "write_json", "write_text"]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -52,6 +52,14 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def cache_folder(what: str) -> Path:
+    """Where a kind of thing is kept for other runs: in $ACCORD_CACHE, else `accord` in $XDG_CACHE_HOME, else in
+    ~/.cache."""
+    named = os.environ.get("ACCORD_CACHE")
+    folder = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "accord"
+    return folder.expanduser() / what
 
 
 def make_folder(path: Path) -> None:

@@ -92,15 +92,15 @@ def test_a_prompt_is_held_out_or_not_by_its_text_alone(prompts: list[str], share
     groups = [Group((Message("user", text),)) for text in prompts]
     train, held_out = split_holdout(groups, share)
     assert {g.prompt_id for g in train}.isdisjoint(g.prompt_id for g in held_out)
-    assert [g for g in groups if g in train] == train and [g for g in groups if g in held_out] == held_out
+    assert [g for g in groups if g in train] == [*train] and [g for g in groups if g in held_out] == [*held_out]
     for one in groups:
-        assert split_holdout([one], share)[1] == ([one] if one in held_out else [])
+        assert split_holdout([one], share)[1] == ((one,) if one in held_out else ())
 
 
 def test_the_held_out_share_is_the_one_asked_for_and_grows_with_it() -> None:
     """5,000 prompts: the share's standard error is sqrt(.2 * .8 / 5000) = .006."""
     groups = [Group((Message("user", str(i)),)) for i in range(5000)]
-    assert split_holdout(groups, 0.0)[1] == []
+    assert split_holdout(groups, 0.0)[1] == ()
     small, large = (split_holdout(groups, share)[1] for share in (0.05, 0.2))
     assert len(large) / 5000 == pytest.approx(0.2, abs=0.025)
     assert {g.prompt_id for g in small} < {g.prompt_id for g in large}

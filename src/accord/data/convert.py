@@ -16,7 +16,7 @@ import gzip
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -24,8 +24,11 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import get_args
 
+import numpy as np
+
 from accord.data.formats_canonical import canonical_row
 from accord.data.formats_lists import dense_ranks
+from accord.data.shelf import selected, shelved
 from accord.errors import DataError
 from accord.records import Completion, Group, GroupKind
 
@@ -54,22 +57,32 @@ _METHODS: dict[GroupKind, str] = {
 class Conversion:
     """Groups of one kind; what was left out, (reason, how many); how many were of another kind, (which, how many)."""
 
-    groups: tuple[Group, ...]
+    groups: Sequence[Group]
     dropped: tuple[tuple[str, int], ...]
     changed: tuple[tuple[GroupKind, int], ...]
 
 
-def as_kind(groups: Iterable[Group], to: GroupKind) -> Conversion:
+def as_kind(groups: Sequence[Group], to: GroupKind) -> Conversion:
     """All of `groups` that can become the kind `to`. Raises DataError when none can, naming what they fit."""
     dropped, kinds, changed = Counter[str](), Counter[GroupKind](), Counter[GroupKind]()
-    converted: list[Group] = []
-    for group in groups:
-        made = list(convert_groups((group,), to, dropped, kinds))
-        converted += made
-        changed[group.kind] += bool(made and made[0].kind != group.kind)
-    if not converted:
+    same = np.zeros(len(groups), dtype=np.bool_)  # groups that stay what they are need no second place on the disk
+    others = 0
+
+    def converted() -> Iterator[Group]:
+        nonlocal others
+        for index, group in enumerate(groups):
+            made = list(convert_groups((group,), to, dropped, kinds))
+            changed[group.kind] += bool(made and made[0].kind != group.kind)
+            same[index] = len(made) == 1 and made[0] is group
+            others += bool(made) and not same[index]
+            yield from made
+
+    result = shelved(converted())
+    if not result:
         raise DataError(nothing_fits(to, dropped, kinds))
-    return Conversion(tuple(converted), tuple(dropped.items()), tuple((k, n) for k, n in changed.items() if n))
+    if not others:
+        result = selected(groups, same)
+    return Conversion(result, tuple(dropped.items()), tuple((k, n) for k, n in changed.items() if n))
 
 
 def convert_groups(
@@ -83,7 +96,7 @@ def convert_groups(
             if made.margin is not None and made.margin < 0:
                 dropped["pairs whose scores contradict their order"] += 1
             else:
-                yield made.at(group.origin)
+                yield made if made is group else made.at(group.origin)
 
 
 def nothing_fits(to: GroupKind, dropped: Counter[str], kinds: Counter[GroupKind]) -> str:

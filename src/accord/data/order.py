@@ -7,9 +7,13 @@ has to be remembered. Cutting a step into micro-batches by tokens changes speed 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import TypeVar
 
-from accord.randomness import permutation
+import numpy as np
+from numpy.typing import NDArray
+
+from accord.randomness import generator
 
 __all__ = ["batch_indices", "epochs_done", "micro_batches", "num_steps"]
 
@@ -28,8 +32,14 @@ def batch_indices(step: int, num_items: int, batch_size: int, *key: int | str) -
     """The items of optimiser step `step` (from 1), in a fresh order every epoch, determined by `key`."""
     per_epoch = -(-num_items // batch_size)
     epoch, batch = divmod(step - 1, per_epoch)
-    order = permutation(num_items, "order", *key, epoch)
-    return order[batch * batch_size : (batch + 1) * batch_size]
+    order = _order(num_items, "order", *key, epoch)
+    return order[batch * batch_size : (batch + 1) * batch_size].tolist()
+
+
+@lru_cache(maxsize=2)  # PPO mixes another stage's order into its own
+def _order(num_items: int, *key: int | str) -> NDArray[np.int64]:
+    """`randomness.permutation`, eight bytes an item."""
+    return generator(*key).permutation(num_items)
 
 
 def epochs_done(step: int, num_items: int, batch_size: int) -> float:

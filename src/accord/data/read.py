@@ -1,13 +1,14 @@
 """Files into Groups: the format is detected and named, every row that cannot be used is a `Problem` with its line.
 
-`scan` streams in bounded memory (for checking, converting, counting); `read_groups` keeps the groups (for training).
+`scan` streams in bounded memory (for checking, converting, counting); `read_groups` keeps the groups for training, in a
+file if they are many.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import chain, islice
@@ -17,6 +18,7 @@ from accord.data.containers import Container, RawRow, open_container, parts_of
 from accord.data.fields import Row
 from accord.data.formats import FORMATS, MAPPABLE, Format, detect_format, format_named
 from accord.data.problems import Problem, UnusableRow, describe, plain
+from accord.data.shelf import shelved
 from accord.errors import DataError
 from accord.records import Group
 
@@ -39,7 +41,7 @@ class ReadResult:
     fingerprint    sha256 of the file's bytes (of its parts' fingerprints, for a folder)
     """
 
-    groups: tuple[Group, ...]
+    groups: Sequence[Group]
     format: str
     rows: int
     problems: tuple[Problem, ...]
@@ -60,7 +62,7 @@ def read_groups(
     Raises: DataError when the file cannot be read, when no row is usable, or (unless lenient) when any row is not.
     """
     scanned = scan(path, format=format, fields=fields)
-    groups = tuple(scanned)
+    groups = shelved(scanned)
     if scanned.problem_count and (not lenient or not groups):
         raise DataError(scanned.refusal(keep_good="--set data.lenient=true"))
     fingerprint = _fingerprint(scanned.parts)

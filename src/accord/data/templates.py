@@ -72,7 +72,7 @@ class Template:
         """`Template.of` is the usual way in; this one takes the jinja `source` and the `name` for messages."""
         self.tokenizer = tokenizer
         self.name = name
-        self._source = source
+        self.source = source
         self._special_tokens: dict[str, Any] = tokenizer.special_tokens_map
         # The same turns are rendered for the prompt, for each answer, and to find where an answer stands.
         self._rendered = lru_cache(maxsize=RENDERED)(self._render_turns)
@@ -284,7 +284,7 @@ class Template:
             # Not `apply_chat_template`: that one refuses an empty prompt, which raw text has.
             rendered, _ = render_jinja_template(
                 [messages],
-                chat_template=self._source,
+                chat_template=self.source,
                 add_generation_prompt=generation,
                 **self._special_tokens,
             )

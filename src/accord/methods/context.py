@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import nsmallest
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from accord.atomic import cache_folder
 from accord.config import Recipe
+from accord.data.shelf import in_memory
 from accord.data.templates import Template
+from accord.data.token_store import StoredTokens, store_tokens
 from accord.data.tokenise import tokenise_groups
 from accord.errors import CheckpointError, ConfigError
 from accord.guards import guard_account, guard_ending, read_guard_log
@@ -261,12 +265,12 @@ def base_folder(context: Context) -> Path:
 def _build_base(context: Context, text: Part, run: RunFolder) -> dict[str, Any]:
     scratch = context.recipe.model.scratch
     assert scratch is not None
-    texts = [m.content for g in text.groups for m in (*g.prompt, *(m for c in g.completions for m in c.messages))]
-    if not texts:
+    if not text.groups:
         raise ConfigError(
             "`model.scratch` trains its tokenizer on `data.sft` or `data.preferences`, and neither is set"
         )
-    tokenizer = train_tokenizer(texts, vocab_size=scratch.vocab_size)
+    messages = (m for g in text.groups for m in (*g.prompt, *(m for c in g.completions for m in c.messages)))
+    tokenizer = train_tokenizer((message.content for message in messages), vocab_size=scratch.vocab_size)
     template = Template.of(tokenizer, context.recipe.model.template)
     model = build_model(
         ModelShape(scratch.hidden_size, scratch.layers, scratch.heads, scratch.max_positions, scratch.kind),
@@ -327,24 +331,37 @@ def _weights_digest(folder: Path) -> str:
 
 @phase("data")
 def tokenised(
-    context: Context, groups: list[Group], template: Template, what: str, **limits: Any
-) -> list[tuple[Group, TokenGroup]]:
+    context: Context, groups: Sequence[Group], template: Template, what: str, **limits: Any
+) -> Sequence[tuple[Group, TokenGroup]]:
     """Groups with their tokens; what had to be shortened or left out is counted and said."""
     data = context.recipe.data
     arguments = {"max_tokens": data.max_tokens, "max_prompt_tokens": data.max_prompt_tokens, "loss_on": "assistant"}
-    result = tokenise_groups(groups, template, **(arguments | limits))
+    result = _all_tokens(context, groups, template, arguments | limits, what)
     for part, count in result.cuts:
         context.say(f"{count} of {len(groups)} prompts of {what} are too long and lost {part}")
     if result.dropped:
-        context.say(f"{len(result.dropped)} of {len(groups)} {what} left out; the first: {result.dropped[0]}")
-    if groups and not result.groups:
-        raise ConfigError(f"none of the {what} fits; the first: {result.dropped[0]}")
-    return [(groups[source], tokens) for source, tokens in zip(result.sources, result.groups, strict=True)]
+        context.say(f"{result.dropped} of {len(groups)} {what} left out; the first: {result.first_dropped}")
+    if groups and not result.pairs:
+        raise ConfigError(f"none of the {what} fits; the first: {result.first_dropped}")
+    return result.pairs
 
 
-def choose_layout(context: Context, model: Any, groups: list[TokenGroup], pad_id: int) -> Layout:
+def _all_tokens(
+    context: Context, groups: Sequence[Group], template: Template, limits: dict[str, Any], what: str
+) -> StoredTokens:
+    """Tokens of groups in memory are in memory, those of groups in a file are in files."""
+    if not in_memory(groups):
+        folder = cache_folder("tokens")
+        context.say(f"{len(groups):,} {what} are read from disk, their tokens from {folder}")
+        return store_tokens(groups, template, folder, **limits)
+    result = tokenise_groups(groups, template, **limits)
+    pairs = [(groups[source], tokens) for source, tokens in zip(result.sources, result.groups, strict=True)]
+    return StoredTokens(pairs, result.cuts, len(result.dropped), str(result.dropped[0]) if result.dropped else "")
+
+
+def choose_layout(context: Context, model: Any, groups: Sequence[TokenGroup], pad_id: int) -> Layout:
     """Prove on a few groups that our log-probabilities are the model's own, and choose how prompts are run."""
-    sample = sorted((g for g in groups if g.completions), key=lambda g: g.num_tokens)[:GROUPS_CHECKED]
+    sample = nsmallest(GROUPS_CHECKED, (g for g in groups if g.completions), key=lambda g: g.num_tokens)
     if not sample:
         return "plain"
     wanted = context.recipe.model.layout
@@ -353,8 +370,10 @@ def choose_layout(context: Context, model: Any, groups: list[TokenGroup], pad_id
         raise ConfigError(f"`model.layout` = shared does not fit this model: {check.reason}")
     if wanted != "auto":
         return wanted
-    plain = sum(layout_cost(g, "plain") for g in groups)
-    shared = sum(layout_cost(g, "shared") for g in groups)
+    plain = shared = 0
+    for group in groups:
+        plain += layout_cost(group, "plain")
+        shared += layout_cost(group, "shared")
     if check.layout == "shared" and shared <= SHARING_PAYS * plain:
         context.say(f"each prompt runs once for all its completions: {1 - shared / plain:.0%} fewer tokens")
         return "shared"

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+
+import numpy as np
 
 from accord.config import DataConfig, Source
 from accord.data.convert import as_kind, convert_groups
 from accord.data.read import read_groups
+from accord.data.shelf import selected, shelved
 from accord.errors import DataError
 from accord.records import Group, GroupKind, content_id
 
@@ -22,7 +26,7 @@ class Part:
     """Groups for one purpose. `sources` says what they came from (path -> content hash); `notes` what was done to
     them."""
 
-    groups: tuple[Group, ...] = ()
+    groups: Sequence[Group] = ()
     sources: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -85,8 +89,13 @@ class Corpus:
     def labelled(self) -> Part:
         """For KTO: single answers, each marked good or bad; the two answers of a pair become one of each."""
         rated = self.ratings()
-        answers = [(group, completion) for group in rated.groups for completion in group.completions]
-        marked = tuple(Group(g.prompt, (c,), origin=g.origin) for g, c in answers if c.label is not None)
+        answers = sum(len(group.completions) for group in rated.groups)
+        marked = shelved(
+            Group(group.prompt, (answer,), origin=group.origin)
+            for group in rated.groups
+            for answer in group.completions
+            if answer.label is not None
+        )
         if not marked:
             raise DataError(
                 "the answers of `data.preferences` have scores, and kto learns from marks: give each answer a `label`, "
@@ -94,8 +103,8 @@ class Corpus:
                 "learns from scores; rankings fit dpo and orpo"
             )
         notes: tuple[str, ...] = ()
-        if len(marked) < len(answers):
-            notes += (f"{len(answers) - len(marked)} answers with a score and no label left out",)
+        if len(marked) < answers:
+            notes += (f"{answers - len(marked)} answers with a score and no label left out",)
         soft = sum(g.kind == "pairs" and g.soft_label not in (None, 1.0) for g in self.preferences.groups)
         if soft:
             notes += (f"{soft} soft labels of pairs are taken as certain",)
@@ -143,31 +152,28 @@ def read_corpus(data: DataConfig) -> Corpus:
     )
 
 
-def split_holdout(groups: Sequence[Group], share: float) -> tuple[list[Group], list[Group]]:
+def split_holdout(groups: Sequence[Group], share: float) -> tuple[Sequence[Group], Sequence[Group]]:
     """(training, held-out) by a hash of the prompt, so that a prompt is on the same side in every file and run."""
-    train: list[Group] = []
-    held_out: list[Group] = []
-    for group in groups:
-        fraction = content_id(["holdout", group.prompt_id]) / HASH_RANGE
-        (held_out if fraction < share else train).append(group)
-    return train, held_out
+    fractions = (content_id(["holdout", group.prompt_id]) / HASH_RANGE for group in groups)
+    held_out = np.fromiter((fraction < share for fraction in fractions), dtype=np.bool_, count=len(groups))
+    return selected(groups, ~held_out), selected(groups, held_out)
 
 
 def _read(sources: tuple[Source, ...], lenient: bool) -> Part:
-    groups: list[Group] = []
+    parts: list[Sequence[Group]] = []
     hashes: dict[str, str] = {}
     notes: list[str] = []
     for source in sources:
         result = read_groups(source.path, format=source.format, fields=source.map, lenient=lenient)
         used = result.groups[: source.limit]
-        groups.extend(used)
+        parts.append(used)
         hashes[source.path] = result.fingerprint
         limited = f", the first {len(used)} used" if len(used) < len(result.groups) else ""
         notes.append(f"{source.path}: {result.format}, {result.rows} rows, {len(result.groups)} usable groups{limited}")
         if result.problem_count:
             notes.append(f"{source.path}: {result.problem_count} rows left out; the first: {result.problems[0]}")
         notes.extend(f"{source.path}: {note}" for note in result.notes)
-    return Part(tuple(groups), hashes, tuple(notes))
+    return Part(parts[0] if len(parts) == 1 else shelved(chain.from_iterable(parts)), hashes, tuple(notes))
 
 
 def _converted(part: Part, kind: GroupKind, note: str = "") -> Part:
@@ -196,9 +202,9 @@ _BECAME: dict[tuple[GroupKind, GroupKind], str] = {
 
 
 def _distinct(part: Part) -> Part:
-    seen: dict[int, Group] = {}
-    for group in part.groups:
-        seen.setdefault(group.prompt_id, group)
-    repeated = len(part.groups) - len(seen)
+    ids = np.fromiter((group.prompt_id for group in part.groups), dtype=np.int64, count=len(part.groups))
+    first = np.zeros(len(ids), dtype=np.bool_)
+    first[np.unique(ids, return_index=True)[1]] = True
+    repeated = len(ids) - int(first.sum())
     note = (f"{repeated} repeated prompts are used once",) if repeated else ()
-    return Part(tuple(seen.values()), part.sources, (*part.notes, *note))
+    return Part(selected(part.groups, first), part.sources, (*part.notes, *note))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -112,7 +112,8 @@ class OfflineTrainer(Generic[Item]):
         with phase("data"):
             batch_items = [self._items[i] for i in batch_indices(step, len(self._items), size, self._seed, self.stage)]
             begun = self._objective.begin(batch_items, self._policy_logprobs)
-            passes = group_passes(batch_items, self._objective.tokens, self._layout, self._section.micro_batch_tokens)
+            budget = self._section.micro_batch_tokens
+            passes = list(group_passes(batch_items, self._objective.tokens, self._layout, budget))
         sums: Sums = {}
         tokens = 0
         for items in passes:
@@ -192,11 +193,15 @@ def sequence_logprobs(model: Any, groups: Sequence[TokenGroup], *, layout: Layou
 
 def group_passes(
     items: Sequence[Item], tokens: Callable[[Item], TokenGroup], layout: Layout, budget: int
-) -> list[list[Item]]:
-    """Cut items into forward passes of at most `budget` tokens in the given layout, padding included."""
+) -> Iterator[list[Item]]:
+    """Cut items into forward passes of at most `budget` tokens in the given layout, padding included; the items of a
+    pass are looked up when it comes."""
     if layout == "shared":
-        return micro_batches(items, lambda i: tokens(i).num_tokens, lambda i: 1, budget)
-    return micro_batches(items, lambda i: _longest(tokens(i)), lambda i: len(tokens(i).completions), budget)
+        sizes = [(tokens(item).num_tokens, 1) for item in items]
+    else:
+        sizes = [(_longest(group), len(group.completions)) for group in map(tokens, items)]
+    for places in micro_batches(range(len(sizes)), lambda i: sizes[i][0], lambda i: sizes[i][1], budget):
+        yield [items[i] for i in places]
 
 
 def _longest(group: TokenGroup) -> int:

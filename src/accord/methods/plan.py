@@ -184,7 +184,7 @@ def with_reference_answers(
     return kept, answers
 
 
-def imitated(corpus: Corpus, holdout: float) -> list[Group]:
+def imitated(corpus: Corpus, holdout: float) -> Sequence[Group]:
     """The demonstrations PPO-ptx may learn from. Raises DataError when there are none."""
     train, held_out = split_holdout(corpus.imitated().groups, holdout)
     if not train:
@@ -194,12 +194,15 @@ def imitated(corpus: Corpus, holdout: float) -> list[Group]:
 
 def check_labels(groups: Sequence[Group], loss: str) -> None:
     """Raises ConfigError for comparisons with soft labels where the loss takes every label as certain."""
-    soft = [g for g in groups if g.soft_label is not None and g.soft_label != 1]
-    if soft and loss in SOFT_LABEL_FREE:
-        where = f", the first at {soft[0].origin}" if soft[0].origin else ""
+    if loss not in SOFT_LABEL_FREE:
+        return
+    soft = (group for group in groups if group.soft_label is not None and group.soft_label != 1)
+    first = next(soft, None)
+    if first is not None:
+        where = f", the first at {first.origin}" if first.origin else ""
         raise ConfigError(
-            f"{len(soft):,} comparisons have soft labels{where}, and the {loss} loss takes every label as certain: use "
-            "`accord dpo` with another `dpo.loss`, or take the soft labels out of the data"
+            f"{1 + sum(1 for _ in soft):,} comparisons have soft labels{where}, and the {loss} loss takes every label "
+            "as certain: use `accord dpo` with another `dpo.loss`, or take the soft labels out of the data"
         )
 
 

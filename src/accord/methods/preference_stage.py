@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from accord.config import MARGIN_FREE, DPOConfig, ORPOConfig
 from accord.data.convert import pair_margin
+from accord.data.shelf import joined, kept, mapped, numbered
 from accord.errors import DataError
 from accord.measures.statistics import cluster_interval, win_rate
 from accord.methods.card import model_card
@@ -40,7 +43,7 @@ from accord.methods.preference import (
     ranked_answers,
 )
 from accord.methods.roles import starting_model
-from accord.records import Group, Message
+from accord.records import Group, TokenGroup
 from accord.training.loop import run_training
 from accord.training.runfolder import RunFolder
 
@@ -89,16 +92,17 @@ def _run(context: Context, plan: _Plan) -> dict[str, Any]:
         tests = _items(context, held_out, policy, plan.use_margins, "held-out comparisons")
         if not items:
             raise DataError(f"the {stage} stage has no pair to learn from: the answers compared are all alike")
-        layout = choose_layout(context, policy.model, [item.tokens for item in items], policy.pad_id)
+        layout = choose_layout(context, policy.model, mapped(items, _tokens_of), policy.pad_id)
         budget = section.micro_batch_tokens
         logprobs = policy_logprobs(policy, layout, budget)
-        test_tokens = [item.tokens for item in tests]
+        test_tokens = mapped(tests, _tokens_of)
         if plan.loss in REFERENCE_FREE:
             before = logprobs(test_tokens)
         else:
-            tokens = [item.tokens for item in (*items, *tests)]
+            both = joined(items, tests)
+            tokens = mapped(both, _tokens_of)
             known = start_logprobs(context, run, policy, weights, tokens, layout=layout, budget=budget)
-            both = _with_reference([*items, *tests], known)
+            both = _with_reference(both, known)
             items, tests = both[: len(items)], both[len(items) :]
             before = torch.tensor([value for item in tests for value in item.ref_logprobs])
 
@@ -145,31 +149,35 @@ def _agreed(plan: _Plan, part: Part) -> list[str]:
 
 def _contradictions(groups: Sequence[Group]) -> list[str]:
     """A note on pairs that the data has in both orders, from annotators who disagreed."""
-    ordered: set[tuple[int, tuple[Message, ...], tuple[Message, ...]]] = set()
+    ordered, turned = array("q"), array("q")  # hashes, not texts: the data may be larger than memory
     for group in groups:
         if group.kind == "pairs" and group.completions[0].rank != group.completions[1].rank:
             chosen, rejected = sorted(group.completions, key=lambda answer: answer.rank or 0)
-            ordered.add((group.prompt_id, chosen.messages, rejected.messages))
-    both = sum((prompt, rejected, chosen) in ordered for prompt, chosen, rejected in ordered) // 2
+            ordered.append(hash((group.prompt_id, chosen.messages, rejected.messages)))
+            turned.append(hash((group.prompt_id, rejected.messages, chosen.messages)))
+    both = len(np.intersect1d(np.array(ordered), np.array(turned))) // 2
     return [f"{both:,} pairs are there in both orders: each teaches against the other"] if both else []
 
 
 def _items(
-    context: Context, groups: list[Group], policy: LoadedPolicy, use_margins: bool, what: str
-) -> list[RankedAnswers]:
-    found = [
-        ranked_answers(group, tokens, use_margins=use_margins)
-        for group, tokens in tokenised(context, groups, policy.template, what)
-    ]
-    items = [item for item in found if item.pairs]
+    context: Context, groups: Sequence[Group], policy: LoadedPolicy, use_margins: bool, what: str
+) -> Sequence[RankedAnswers]:
+    pairs = tokenised(context, groups, policy.template, what)
+    found = mapped(pairs, lambda pair: ranked_answers(*pair, use_margins=use_margins))
+    items = kept(found, lambda item: bool(item.pairs))
     if len(items) < len(found):
         context.say(f"{len(found) - len(items)} of {len(found)} {what} compare equal answers: left out")
     return items
 
 
-def _with_reference(items: Sequence[RankedAnswers], logprobs: Tensor) -> list[RankedAnswers]:
-    values = iter(logprobs.tolist())
-    return [replace(item, ref_logprobs=tuple(next(values) for _ in item.tokens.completions)) for item in items]
+def _tokens_of(item: RankedAnswers) -> TokenGroup:
+    return item.tokens
+
+
+def _with_reference(items: Sequence[RankedAnswers], logprobs: Tensor) -> Sequence[RankedAnswers]:
+    counts = np.fromiter((len(item.tokens.completions) for item in items), dtype=np.int64, count=len(items))
+    parts = logprobs.split(counts.tolist())
+    return numbered(items, lambda i, item: replace(item, ref_logprobs=tuple(parts[i].tolist())))
 
 
 def _num_pairs(items: Sequence[RankedAnswers]) -> int:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -35,6 +34,7 @@ from rich.console import Console
 from safetensors.torch import load, save
 from torch import Tensor
 
+from accord.atomic import cache_folder as cached
 from accord.atomic import make_folder, write_bytes
 from accord.errors import AccordError, TrainingError
 from accord.methods.offline import sequence_logprobs
@@ -56,10 +56,8 @@ Values = dict[bytes, float]
 
 
 def cache_folder() -> Path:
-    """Where numbers are kept for other runs: $ACCORD_CACHE, else `accord` in $XDG_CACHE_HOME, else in ~/.cache."""
-    named = os.environ.get("ACCORD_CACHE")
-    folder = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "accord"
-    return folder.expanduser() / "reference-logprobs"
+    """Where numbers are kept for other runs."""
+    return cached("reference-logprobs")
 
 
 def reference_logprobs(

@@ -6,7 +6,7 @@ weights, so every reader of the saved model sees the same scores.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from accord.config import RewardConfig
+from accord.data.shelf import kept, mapped, shelved
 from accord.errors import DataError
 from accord.measures.statistics import calibration_bins, calibration_error, pearson, win_rate
 from accord.measures.text import num_words
@@ -145,7 +146,7 @@ def run_reward(context: Context) -> dict[str, Any]:
         tests = _comparisons(context, held_out, policy, section, "held-out comparisons")
         if not items:
             raise DataError("the reward stage has no comparison to learn from: the answers compared are all alike")
-        layout = choose_layout(context, policy.model, [c.tokens for c in items], policy.pad_id)
+        layout = choose_layout(context, policy.model, mapped(items, lambda item: item.tokens), policy.pad_id)
         # Length decorrelation takes a head more, the last one, for as long as the model trains.
         heads = section.heads + (1 if section.length_decorrelation else 0)
         # Nobody needs the policy any more: frozen, it gives its trunk to the reward model instead of a copy.
@@ -196,13 +197,17 @@ def _long_enough(part: Part, minimum: int) -> Part:
     """The comparisons without answers of fewer than `minimum` words, and without those that leaves no two ranks of."""
     if not minimum:
         return part
-    groups: list[Group] = []
     short = 0
-    for group in part.groups:
-        kept = tuple(answer for answer in group.completions if num_words(answer.text) >= minimum)
-        short += len(group.completions) - len(kept)
-        if len({answer.rank for answer in kept}) > 1:
-            groups.append(replace(group, completions=kept))
+
+    def without_short() -> Iterator[Group]:
+        nonlocal short
+        for group in part.groups:
+            answers = tuple(answer for answer in group.completions if num_words(answer.text) >= minimum)
+            short += len(group.completions) - len(answers)
+            if len({answer.rank for answer in answers}) > 1:
+                yield replace(group, completions=answers)
+
+    groups = shelved(without_short())
     if not groups:
         raise DataError(
             f"`reward.min_words` = {minimum} leaves none of {len(part.groups):,} comparisons two answers to compare: "
@@ -210,23 +215,23 @@ def _long_enough(part: Part, minimum: int) -> Part:
         )
     lost = len(part.groups) - len(groups)
     note = f"{short:,} answers of fewer than {minimum} words left out, and with them {lost:,} comparisons"
-    return Part(tuple(groups), part.sources, (*part.notes, *((note,) if short else ())))
+    return Part(groups, part.sources, (*part.notes, *((note,) if short else ())))
 
 
 def _comparisons(
-    context: Context, groups: list[Group], policy: LoadedPolicy, section: RewardConfig, what: str
-) -> list[Comparison]:
-    pairs = tokenised(context, groups, policy.template, what)
-    items = [
-        Comparison(
+    context: Context, groups: Sequence[Group], policy: LoadedPolicy, section: RewardConfig, what: str
+) -> Sequence[Comparison]:
+    def comparison(pair: tuple[Group, TokenGroup]) -> Comparison:
+        group, tokens = pair
+        return Comparison(
             tokens,
             tuple(c.rank or 0 for c in group.completions),
             (group.margin or 0.0) if section.use_margins else 0.0,
             1.0 if group.soft_label is None else group.soft_label,
         )
-        for group, tokens in pairs
-    ]
-    usable = [item for item in items if item.has_pairs]
+
+    items = mapped(tokenised(context, groups, policy.template, what), comparison)
+    usable = kept(items, lambda item: item.has_pairs)
     ties = sum(item.is_tie for item in items)
     if ties:
         context.say(f"{ties} of {len(items)} {what} are ties and teach nothing: left out")
@@ -242,17 +247,16 @@ def _uses_demonstrations(context: Context, section: RewardConfig) -> bool:
     return section.normalise_on == "demonstrations"
 
 
-def _reference_groups(context: Context, section: RewardConfig, comparisons: Part) -> tuple[Group, ...]:
+def _reference_groups(context: Context, section: RewardConfig, comparisons: Part) -> Sequence[Group]:
     """The answers that shall score 0 on average; none when the config says so."""
     if section.normalise_on == "none":
         return ()
     part = context.corpus.demonstrations() if _uses_demonstrations(context, section) else comparisons
+    groups = tuple(split_holdout(part.groups, context.recipe.data.holdout)[0][:REFERENCES_USED])
     if part.groups and part.groups[0].kind != "sft":
-        best = [(g, min(g.completions, key=lambda c: c.rank or 0)) for g in part.groups]
-        groups: tuple[Group, ...] = tuple(Group(g.prompt, (c,), origin=g.origin) for g, c in best)
-    else:
-        groups = part.groups
-    return tuple(split_holdout(groups, context.recipe.data.holdout)[0])[:REFERENCES_USED]
+        best = [(g, min(g.completions, key=lambda c: c.rank or 0)) for g in groups]
+        return tuple(Group(g.prompt, (c,), origin=g.origin) for g, c in best)
+    return groups
 
 
 REFERENCES_USED = 2000  # the mean score of more answers changes nothing that could be seen
@@ -267,14 +271,14 @@ def _normalise(
     context: Context,
     model: Any,
     policy: LoadedPolicy,
-    references: tuple[Group, ...],
+    references: Sequence[Group],
     items: Sequence[Comparison],
     budget: int,
 ) -> str:
     """Shift the head so that the reference answers score 0 on average; says how well that went."""
     if not references:
         return "Scores are not normalised: their level means nothing."
-    groups = [t for _, t in tokenised(context, list(references), policy.template, "reference answers")]
+    groups = [t for _, t in tokenised(context, references, policy.template, "reference answers")]
     compared = [item.tokens for item in items[:REFERENCES_USED]]
     states = [_last_states(model, policy, part, budget) for part in (groups, compared)]
     residual = shift_scores(model, *states)

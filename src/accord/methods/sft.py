@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from accord.config import SFTConfig
+from accord.data.shelf import mapped
 from accord.losses.sft import sft_loss
 from accord.measures.statistics import cluster_interval
 from accord.methods.card import model_card
@@ -86,13 +88,10 @@ def run_sft(context: Context) -> dict[str, Any]:
             context.say(note)
         policy = LoadedPolicy.to_train(context, start, "sft")
         train, held_out = split_holdout(part.groups, context.recipe.data.holdout)
-        items = [t for _, t in tokenised(context, train, policy.template, "demonstrations", loss_on=section.loss_on)]
-        tests = [
-            t
-            for _, t in tokenised(
-                context, held_out, policy.template, "held-out demonstrations", loss_on=section.loss_on
-            )
-        ]
+        items, tests = (
+            mapped(tokenised(context, groups, policy.template, what, loss_on=section.loss_on), itemgetter(1))
+            for groups, what in ((train, "demonstrations"), (held_out, "held-out demonstrations"))
+        )
         layout = choose_layout(context, policy.model, items, policy.pad_id)
         probe = RougeProbe.of(context, policy, section.rouge, held_out)
 
@@ -130,8 +129,8 @@ def run_sft(context: Context) -> dict[str, Any]:
 def _summary(
     policy: LoadedPolicy,
     section: SFTConfig,
-    items: list[TokenGroup],
-    tests: list[TokenGroup],
+    items: Sequence[TokenGroup],
+    tests: Sequence[TokenGroup],
     layout: Layout,
     steps: int,
 ) -> dict[str, Any]:
