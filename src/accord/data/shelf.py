@@ -11,6 +11,7 @@ import marshal
 import os
 import struct
 import tempfile
+import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -139,6 +140,7 @@ class _GroupFile(Sequence[Group]):
         try:
             make_folder(folder)
             self._file = tempfile.TemporaryFile(dir=folder)
+            weakref.finalize(self, self._file.close)
             for source in (few, rest):
                 for group in source:
                     record = self._dumped(group)

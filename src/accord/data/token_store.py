@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -157,6 +158,7 @@ class _Shard:
 
     def __init__(self, descriptor: int, header: dict[str, Any], body: int) -> None:
         self._descriptor = descriptor
+        weakref.finalize(self, os.close, descriptor)
         self.count: int = header["count"]
         self.cuts: list[tuple[str, int]] = header["cuts"]
         self.dropped: int = header["dropped"]
@@ -179,9 +181,6 @@ class _Shard:
             except (ValueError, KeyError, TypeError):
                 return None
         return cls(os.open(path, os.O_RDONLY), header, len(line))
-
-    def __del__(self) -> None:
-        os.close(self._descriptor)
 
     def read(self, place: int) -> tuple[int, tuple[int, ...], tuple[TokenCompletion, ...]]:
         start, end = int(self._ends[place]), int(self._ends[place + 1])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from accord.config import ILQLConfig
+from accord.data.shelf import kept, mapped
 from accord.measures.statistics import pearson
 from accord.methods.card import model_card
 from accord.methods.context import (
@@ -85,9 +86,9 @@ def run_ilql(context: Context) -> dict[str, Any]:
         raw = _items(context, train, policy, "rated answers")
         scale = ReturnScale.of([value for item in raw for value in item.returns])
         applied = scale if section.standardise else ReturnScale()
-        items = [applied.apply(item) for item in raw]
-        tests = [applied.apply(item) for item in _items(context, held_out, policy, "held-out rated answers")]
-        layout = choose_layout(context, policy.model, [item.tokens for item in items], policy.pad_id)
+        items = mapped(raw, applied.apply)
+        tests = mapped(_items(context, held_out, policy, "held-out rated answers"), applied.apply)
+        layout = choose_layout(context, policy.model, mapped(items, lambda item: item.tokens), policy.pad_id)
         model = ILQLModel(policy.model, seed=torch_seed(context.seed, "ilql-heads"))
         objective = ILQLObjective(section)
 
@@ -129,9 +130,9 @@ def _marks(groups: Sequence[Group]) -> list[str]:
     return [f"{marked} answers marked good or bad count +1 and -1 (of a pair, the chosen and the rejected one)"]
 
 
-def _items(context: Context, groups: list[Group], policy: LoadedPolicy, what: str) -> list[RatedAnswers]:
-    found = [rated_answers(group, tokens) for group, tokens in tokenised(context, groups, policy.template, what)]
-    items = [item for item in found if item is not None]
+def _items(context: Context, groups: Sequence[Group], policy: LoadedPolicy, what: str) -> Sequence[RatedAnswers]:
+    found = mapped(tokenised(context, groups, policy.template, what), lambda pair: rated_answers(*pair))
+    items: Sequence[Any] = kept(found, lambda item: item is not None)
     missing = sum(len(group.completions) for group in groups) - _num_answers(items)
     if missing:
         context.say(f"{missing} of the {what} have no score and no mark, or do not fit: left out")

@@ -97,7 +97,7 @@ def run_kto(context: Context) -> dict[str, Any]:
     return run_stage(context, "kto", settings=settings, sources=sources, body=body)
 
 
-def _items(context: Context, groups: list[Group], policy: LoadedPolicy, what: str) -> list[JudgedAnswer]:
+def _items(context: Context, groups: Sequence[Group], policy: LoadedPolicy, what: str) -> list[JudgedAnswer]:
     found = tokenised(context, groups, policy.template, what)
     return [JudgedAnswer(tokens, bool(group.completions[0].label)) for group, tokens in found]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any
 
 from accord.config import PPOConfig
+from accord.data.shelf import mapped
 from accord.errors import ConfigError
 from accord.methods.context import Context, adapt, tokenised, weights_hash
 from accord.methods.corpus import Part
@@ -40,7 +42,7 @@ def _imitation(context: Context, section: PPOConfig, cast: Cast) -> Imitation | 
     if not section.ptx_coef:
         return None
     groups = imitated(context.corpus, context.recipe.data.holdout)
-    items = [t for _, t in tokenised(context, groups, cast.policy.template, "mixed-in demonstrations")]
+    items = mapped(tokenised(context, groups, cast.policy.template, "mixed-in demonstrations"), itemgetter(1))
     context.say(f"{len(items)} demonstrations, {section.ptx_batch_size} of them mixed into each update of the policy")
     return Imitation(items, section, pad_id=cast.policy.pad_id, seed=context.seed)
 
