@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TOOLS := $(VENV)/.tools
+PPO := .venv-ppo
 
 .PHONY: install quickstart test differential bench mutants check format docs clean
 
@@ -34,9 +35,17 @@ differential: $(TOOLS)
 	$(BIN)/python -m pytest tests/differential
 
 # Speed and memory against TRL at the same work; WORK=dpo for some of it.
-bench: $(TOOLS)
+bench: $(TOOLS) $(if $(filter-out p pp ppo%,$(WORK)),,$(PPO)/.installed)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.speed --work "$(WORK)"
+
+# The last TRL that had PPO, which is not the one that the rest is compared with.
+$(PPO)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(PPO)
+	grep -v '^trl==' constraints.txt > $(PPO)/constraints.txt
+	$(PPO)/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(PPO)/bin/pip install --quiet --disable-pip-version-check -c $(PPO)/constraints.txt -e . trl==1.12.0
+	touch $@
 
 mutants: $(TOOLS)
 	$(BIN)/python scripts/mutants.py
@@ -54,4 +63,4 @@ docs: $(INSTALLED)
 	$(BIN)/python scripts/generate_docs.py
 
 clean:
-	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(PPO) build dist .pytest_cache .ruff_cache .hypothesis

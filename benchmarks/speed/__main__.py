@@ -1,15 +1,22 @@
-"""Times Accord and TRL at the same work, one process a run, taking turns; prints a table and writes JSON.
+"""Times Accord and its peers at the same work, one process a run, taking turns; prints a table and writes JSON.
 
     python -m benchmarks.speed                       everything (about an hour on two processors)
     python -m benchmarks.speed --work dpo            the works whose name begins so
     python -m benchmarks.speed --quick               two turns each instead of five
     python -m benchmarks.speed --allocator as-is     both sides without the allocator settings that both have otherwise
+    python -m benchmarks.speed --figure FILE         draw results that lie in --out into this SVG; nothing is run
+    python -m benchmarks.speed --page FILE           write them into this page of the documentation; nothing is run
 
-Both sides start from the same weights, make the same updates of the same batches, in float32 with the same AdamW and
-threads, and have the same allocator settings, for those are anyone's. A run makes 8 updates, of which the mean of the
-last 6 counts; a ratio is of two runs side by side; of five turns the median, the lowest and the highest are given. Peak
-memory is what was resident at most, libraries included. `same_learning`: the losses of all updates agree to 1e-4.
-`once` is what comes before the first update: reference log-probabilities, checks, and on TRL's side tokenising.
+The peer is TRL, for PPO an older one in an environment of its own (--ppo-python), and for sampling transformers'
+`generate`. Both sides start from the same weights, make the same updates of the same batches, in float32 with the same
+AdamW and threads, and have the same allocator settings, for those are anyone's. The first one or two updates of a run
+are not timed, of the others the mean counts; a ratio is of two runs side by side; of five turns the median, the lowest
+and the highest are given. Peak memory is what was resident at most, libraries included. `once` is what comes before the
+first update: reference log-probabilities, checks, and on TRL's side tokenising.
+
+`same_learning`: the losses of all updates agree to 1e-4. Where both sides sample for themselves the losses say nothing.
+There a run apart, not timed, gives both the same completions, and after each update the mean log-probability of these
+under both policies must agree to 1e-4. Sampling: both write the same tokens when they always take the likeliest.
 """
 
 from __future__ import annotations
@@ -21,20 +28,36 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
-from statistics import fmean, median
 from typing import Any
 
 from accord.atomic import write_json
 from accord.training.environment import environment
-from benchmarks.speed.work import WARM_UP, WORKS, Timing, Work, groups_of, prepare
+from benchmarks.speed.figure import write_bars
+from benchmarks.speed.results import row_of, table, write_page
+from benchmarks.speed.work import WORKS, Timing, Work, prepare
 
-SIDES = ("accord", "trl")
-AGREE = 1e-4  # of losses, absolute, or as a share of those above 1
-LATEST = Path(__file__).parents[1] / "results" / "latest.json"
+SIDES = ("accord", "peer")
+ROOT = Path(__file__).parents[2]
+LATEST = ROOT / "benchmarks" / "results" / "latest.json"
+PPO_PYTHON = ROOT / ".venv-ppo" / "bin" / "python"
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What all runs have in common."""
+
+    threads: int
+    allocator: str
+    ppo_python: Path
+
+    def python(self, work: Work, side: str) -> str:
+        """The interpreter that has the side's library."""
+        return str(self.ppo_python) if work.kind == "ppo" and side == "peer" else sys.executable
 
 
 def main() -> None:
@@ -45,71 +68,94 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two turns instead of five")
     parser.add_argument("--allocator", choices=("kept", "as-is"), default="kept", help="kept: freed memory stays")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each run")
+    parser.add_argument("--ppo-python", type=Path, default=PPO_PYTHON, help="an interpreter that has TRL 1.12, for PPO")
     parser.add_argument("--out", type=Path, default=LATEST, help="the results, as JSON")
-    parser.add_argument("--one", nargs=3, metavar=("WORK", "SIDE", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--figure", type=Path, help="draw what lies in --out, and run nothing")
+    parser.add_argument("--page", type=Path, help="write what lies in --out into this page, and run nothing")
+    parser.add_argument("--one", nargs=4, metavar=("WORK", "SIDE", "FOLDER", "APART"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    setup = Setup(args.threads, args.allocator, args.ppo_python)
     if args.one:
-        print(
-            json.dumps(asdict(_one(WORKS[args.one[0]], args.one[1], Path(args.one[2]), args.threads, args.allocator)))
-        )
-        return
-    names = [name for name in WORKS if name.startswith(args.work)]
+        name, side, folder, apart = args.one
+        print(json.dumps(asdict(_one(WORKS[name], side, Path(folder), apart == "apart", setup))))
+    elif args.figure or args.page:
+        _publish(args.out, args.figure, args.page)
+    else:
+        _measure([name for name in WORKS if name.startswith(args.work)], 2 if args.quick else args.turns, setup, args)
+
+
+def _measure(names: Sequence[str], turns: int, setup: Setup, args: argparse.Namespace) -> None:
     if not names:
         sys.exit(f"no work begins with {args.work!r}; there are {', '.join(WORKS)}")
-    timings = _all(names, 2 if args.quick else args.turns, args.threads, args.allocator)
-    rows = [_row(name, WORKS[name], timings[name]) for name in names]
-    machine = {
-        **environment(),
-        "threads": args.threads,
-        "allocator": args.allocator,
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-    }
+    if any(WORKS[name].kind == "ppo" for name in names) and not setup.ppo_python.exists():
+        sys.exit(
+            f"TRL 1.12, the last with PPO, needs an environment of its own, and {setup.ppo_python} is not there: "
+            "`make bench` makes it; or name another interpreter with --ppo-python, or other works with --work"
+        )
+    rows = _all(names, turns, setup)
+    date = f"{datetime.now(UTC):%Y-%m-%d}"
+    machine = {**environment(), "threads": setup.threads, "allocator": setup.allocator, "date": date}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, {"machine": machine, "rows": rows})
     print(table(rows))
 
 
+def _publish(results: Path, figure: Path | None, page: Path | None) -> None:
+    if not results.exists():
+        sys.exit(f"there are no results in {results}: run `make bench` first, or name others with --out")
+    found = json.loads(results.read_text(encoding="utf-8"))
+    if figure is not None:
+        write_bars(figure, found["rows"])
+    if page is not None:
+        write_page(page, found)
+
+
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
-def _one(work: Work, side: str, folder: Path, threads: int, allocator: str) -> Timing:
-    """One run, in this process."""
-    if allocator == "kept":
+def _one(work: Work, side: str, folder: Path, apart: bool, setup: Setup) -> Timing:
+    """One run, in this process: timed, or the one apart by which learning is compared."""
+    if setup.allocator == "kept":
         from accord.training.allocator import keep_freed_memory
 
         keep_freed_memory()
     import torch
 
-    torch.set_num_threads(threads)
-    if side == "accord":
-        from benchmarks.speed.accord_side import run
-    else:
-        from benchmarks.speed.trl_side import run
-    return run(work, folder)
+    torch.set_num_threads(setup.threads)
+    if work.by_losses:
+        module = "accord_side" if side == "accord" else "trl_side"
+        return import_module(f"benchmarks.speed.{module}").run(work, folder)
+    peers = {"ppo": "trl_ppo", "sampling": "generate_side"}
+    module = "accord_online" if side == "accord" else peers.get(work.kind, "trl_online")
+    return import_module(f"benchmarks.speed.{module}").run(work, folder, apart)
 
 
-def _all(names: Sequence[str], turns: int, threads: int, allocator: str) -> dict[str, dict[str, list[Timing]]]:
-    """All runs, by work and side, the sides taking turns, and who begins too."""
+def _all(names: Sequence[str], turns: int, setup: Setup) -> list[dict[str, Any]]:
+    """A row for each work, from all runs, the sides taking turns, and who begins too."""
     timings: dict[str, dict[str, list[Timing]]] = {name: {side: [] for side in SIDES} for name in names}
+    apart: dict[str, list[Timing]] = {}
     with tempfile.TemporaryDirectory(prefix="accord-speed-") as temporary:
+        folders = {name: Path(temporary) / name for name in names}
         for name in names:
-            prepare(WORKS[name], Path(temporary) / name)
+            prepare(WORKS[name], folders[name])
+            if not WORKS[name].by_losses:
+                apart[name] = [_in_process(name, side, folders[name], "apart", setup) for side in SIDES]
         for turn in range(turns):
             for name in names:
                 for side in SIDES if turn % 2 == 0 else SIDES[::-1]:
                     started = time.monotonic()
-                    timings[name][side].append(_in_process(name, side, Path(temporary) / name, threads, allocator))
+                    timings[name][side].append(_in_process(name, side, folders[name], "timed", setup))
                     took = time.monotonic() - started
                     print(f"turn {turn + 1} of {turns}: {name}, {side}: {took:.0f} s", file=sys.stderr, flush=True)
-    return timings
+    return [row_of(name, WORKS[name], *timings[name].values(), apart=apart.get(name, ())) for name in names]
 
 
-def _in_process(name: str, side: str, folder: Path, threads: int, allocator: str) -> Timing:
-    command = [sys.executable, "-m", "benchmarks.speed", "--one", name, side, str(folder)]
-    options = ["--threads", str(threads), "--allocator", allocator]
+def _in_process(name: str, side: str, folder: Path, apart: str, setup: Setup) -> Timing:
+    command = [setup.python(WORKS[name], side), "-m", "benchmarks.speed", "--one", name, side, str(folder), apart]
+    options = ["--threads", str(setup.threads), "--allocator", setup.allocator]
     environment = {
         **os.environ,
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(setup.threads),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -117,66 +163,6 @@ def _in_process(name: str, side: str, folder: Path, threads: int, allocator: str
     if done.returncode:
         sys.exit(f"{name}, {side} failed:\n{done.stdout[-1000:]}{done.stderr[-4000:]}")
     return Timing(**json.loads(done.stdout.splitlines()[-1]))
-
-
-# --- what came of it -------------------------------------------------------------------------------------------------
-
-
-def _row(name: str, work: Work, timings: Mapping[str, Sequence[Timing]]) -> dict[str, Any]:
-    amount = work.amount([group for step in groups_of(work)[WARM_UP:] for group in step]) / len(
-        groups_of(work)[WARM_UP:]
-    )
-    seconds = {side: [_update(timing) for timing in timings[side]] for side in SIDES}
-    ratios = sorted(peer / own for own, peer in zip(seconds["accord"], seconds["trl"], strict=True))
-    peak, once, rest = (
-        {side: median(getattr(timing, field) for timing in timings[side]) for side in SIDES}
-        for field in ("peak_mb", "once", "at_rest_mb")
-    )
-    own, peer = timings["accord"][0], timings["trl"][0]
-    apart = max(abs(a - b) / max(1.0, abs(a)) for a, b in zip(own.losses, peer.losses, strict=True))
-    return {
-        "work": name,
-        "model": work.model,
-        "vocabulary": work.vocabulary,
-        "unit": work.unit,
-        "accord": amount / median(seconds["accord"]),
-        "peer": amount / median(seconds["trl"]),
-        "ratio": median(ratios),
-        "ratio_low": ratios[0],
-        "ratio_high": ratios[-1],
-        "memory_ratio": peak["accord"] / peak["trl"],
-        "same_learning": apart <= AGREE,
-        "losses_apart": apart,
-        "accord_mb": peak["accord"],
-        "peer_mb": peak["trl"],
-        "accord_at_rest_mb": rest["accord"],
-        "peer_at_rest_mb": rest["trl"],
-        "accord_once_seconds": once["accord"],
-        "peer_once_seconds": once["trl"],
-        "turns": len(ratios),
-        "peer_version": f"trl {peer.version}",
-        "accord_version": own.version,
-    }
-
-
-def _update(timing: Timing) -> float:
-    """Seconds of an update, mean over those that are timed: where lengths are mixed, no two are alike."""
-    return fmean(timing.seconds[WARM_UP:])
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = ["| work | model, vocabulary | unit | Accord | TRL | speed | memory | once, s | same losses |",
-             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for row in rows:
-        speed = f"{row['ratio']:.2f}x ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
-        memory = f"{row['memory_ratio']:.2f}x ({row['accord_mb']:,.0f} / {row['peer_mb']:,.0f} MB)"
-        once = f"{row['accord_once_seconds']:.1f} / {row['peer_once_seconds']:.1f}"
-        agree = "yes" if row["same_learning"] else f"no ({row['losses_apart']:.1e})"
-        lines.append(
-            f"| {row['work']} | {row['model']}, {row['vocabulary']:,} | {row['unit']} | {row['accord']:,.1f} "
-            f"| {row['peer']:,.1f} | {speed} | {memory} | {once} | {agree} |"
-        )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

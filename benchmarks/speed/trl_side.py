@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +13,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    TrainerCallback,
 )
 
 from accord.records import TokenGroup
 from accord.training.environment import peak_memory_mb
-from benchmarks.speed.work import BETA, OPTIMISER, Timing, Work, groups_of, pairs_of
+from benchmarks.speed.trl_clock import Clock
+from benchmarks.speed.work import BETA, OPTIMISER, Timing, Work, desirable, groups_of, pairs_of, words
 
 __all__ = ["run"]
-
-
-class _Clock(TrainerCallback):
-    """When the first update began, and when each one ended."""
-
-    def __init__(self) -> None:
-        self.marks: list[float] = []
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        if not self.marks:
-            self.marks.append(time.perf_counter())
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        self.marks.append(time.perf_counter())
 
 
 def run(work: Work, folder: Path) -> Timing:
@@ -57,7 +42,7 @@ def run(work: Work, folder: Path) -> Timing:
             "train_sampling_strategy": "group_by_length" if work.peer_grouped else "sequential",
             "disable_tqdm": True, "dataloader_pin_memory": False,
         }  # fmt: skip
-        clock, losses = _Clock(), []
+        clock, losses = Clock(), []
         trainer = _trainer(work, model, tokenizer, Dataset.from_list(rows), shared, clock)
         inner = trainer.compute_loss
 
@@ -68,12 +53,10 @@ def run(work: Work, folder: Path) -> Timing:
 
         trainer.compute_loss = compute_loss
         trainer.train()
-    marks = clock.marks
-    seconds = [after - before for before, after in pairwise(marks)]
     parts = batch // at_once
     # Parts of an accumulated update are each divided by what belongs to the whole one.
     by_update = [sum(losses[i : i + parts]) for i in range(0, len(losses), parts)]
-    return Timing(marks[0] - started, seconds, by_update, at_rest, peak_memory_mb(), trl.__version__)
+    return Timing(clock.first - started, clock.seconds, by_update, at_rest, peak_memory_mb(), trl.__version__)
 
 
 def _rows(work: Work, groups: list[TokenGroup]) -> list[dict[str, Any]]:
@@ -93,19 +76,24 @@ def _rows(work: Work, groups: list[TokenGroup]) -> list[dict[str, Any]]:
             for g in groups
             for better, worse in pairs_of(g)
         ]
-    pairs = [(g.prompt_ids, *pair) for g in groups for pair in pairs_of(g)]
     # The tokenizer turns these words back into the ids, and TRL adds the end itself.
+    if work.kind == "kto":
+        return [
+            {
+                "prompt": words(g.prompt_ids),
+                "completion": " " + words(g.completions[0].ids[:-1]),
+                "label": desirable(g),
+            }
+            for g in groups
+        ]
+    pairs = [(g.prompt_ids, *pair) for g in groups for pair in pairs_of(g)]
     return [
-        {"prompt": _text(prompt), "chosen": " " + _text(better.ids[:-1]), "rejected": " " + _text(worse.ids[:-1])}
+        {"prompt": words(prompt), "chosen": " " + words(better.ids[:-1]), "rejected": " " + words(worse.ids[:-1])}
         for prompt, better, worse in pairs
     ]
 
 
-def _text(ids: tuple[int, ...]) -> str:
-    return " ".join(f"w{i}" for i in ids)
-
-
-def _trainer(work: Work, model: Any, tokenizer: Any, data: Any, shared: dict[str, Any], clock: _Clock) -> Any:
+def _trainer(work: Work, model: Any, tokenizer: Any, data: Any, shared: dict[str, Any], clock: Clock) -> Any:
     common: dict[str, Any] = {
         "model": model, "train_dataset": data, "processing_class": tokenizer, "callbacks": [clock],
     }  # fmt: skip
@@ -115,6 +103,21 @@ def _trainer(work: Work, model: Any, tokenizer: Any, data: Any, shared: dict[str
         return trl.RewardTrainer(args=trl.RewardConfig(**shared), **common)
     if work.kind == "dpo":
         return trl.DPOTrainer(args=trl.DPOConfig(**shared, beta=BETA, precompute_ref_log_probs=True), **common)
+    if work.kind == "kto":
+        return trl.KTOTrainer(args=trl.KTOConfig(**shared, beta=BETA, precompute_ref_log_probs=True), **common)
+    return _orpo_trainer(shared, common)
+
+
+def _orpo_trainer(shared: dict[str, Any], common: dict[str, Any]) -> Any:
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-    return ORPOTrainer(args=ORPOConfig(**shared, beta=BETA), **common)
+    class CompletionORPO(ORPOTrainer):
+        """TRL's imitation term covers the prompt too. This one covers the completion alone, as Accord's does, from
+        log-probabilities that are there anyhow; completions are equally long, so their mean is that over all tokens.
+        It spares TRL the backward pass of the other."""
+
+        def concatenated_forward(self, model: Any, batch: Any) -> tuple[Any, ...]:
+            chosen, rejected, chosen_logits, rejected_logits, _ = super().concatenated_forward(model, batch)
+            return chosen, rejected, chosen_logits, rejected_logits, -chosen.mean()
+
+    return CompletionORPO(args=ORPOConfig(**shared, beta=BETA), **common)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
 import pytest
 
-from benchmarks.speed.__main__ import _row, table
-from benchmarks.speed.work import UPDATES, WARM_UP, WORKS, Timing, groups_of, pairs_of
+from benchmarks.speed.figure import write_bars
+from benchmarks.speed.results import row_of, table, write_page
+from benchmarks.speed.work import WORKS, Timing, groups_of, pairs_of, reward, words
+
+DPO = WORKS["dpo-long"]
+SAME = [1.0] * DPO.updates
 
 
 @pytest.mark.parametrize("name", WORKS)
@@ -13,28 +22,80 @@ def test_a_work_is_the_same_for_both_sides_and_every_answer_is_one(name: str) ->
     work = WORKS[name]
     steps = groups_of(work)
     assert steps == groups_of(work)
-    assert [len(step) for step in steps] == [work.batch] * UPDATES
-    for group in steps[0]:
+    assert [len(step) for step in steps] == [work.batch] * (work.updates if work.by_losses else 1)
+    assert 1 <= work.warm_up < work.updates
+    for group in steps[0][:16]:
         assert len(group.completions) == work.answers
         assert all(c.ids[-1] == 1 and 1 not in c.ids[:-1] and max(c.ids) < work.vocabulary for c in group.completions)
         assert len(pairs_of(group)) == work.answers * (work.answers - 1) // 2
         assert len(set(group.completions)) == work.answers
 
 
-def timing(seconds: float, losses: list[float], peak: float) -> Timing:
-    return Timing(1.0, [9.0] * WARM_UP + [seconds] * (UPDATES - WARM_UP), losses, 100.0, peak, "1.0")
+def timing(seconds: float, learned: list[float], peak: float) -> Timing:
+    every = [9.0] * DPO.warm_up + [seconds] * (DPO.updates - DPO.warm_up)
+    return Timing(1.0, every, learned, 100.0, peak, "1.0")
 
 
-def test_a_ratio_is_of_two_runs_side_by_side_and_learning_is_compared_by_update() -> None:
-    same = [1.0] * UPDATES
-    sides = {
-        "accord": [timing(1.0, same, 300.0), timing(2.0, same, 300.0), timing(1.0, same, 300.0)],
-        "trl": [timing(3.0, same, 600.0), timing(4.0, same, 600.0), timing(5.0, same, 600.0)],
+def row(**changed: Any) -> dict[str, Any]:
+    own = [timing(seconds, SAME, 300.0) for seconds in (1.0, 2.0, 1.0)]
+    peer = [timing(seconds, SAME, 600.0) for seconds in (3.0, 4.0, 5.0)]
+    return row_of("dpo-long", DPO, own, peer) | changed
+
+
+def test_a_ratio_is_of_two_runs_side_by_side() -> None:
+    found = row()
+    assert (found["ratio_low"], found["ratio"], found["ratio_high"]) == (2.0, 3.0, 5.0)
+    assert (found["accord"], found["peer"], found["unit"], found["memory_ratio"]) == (16.0, 4.0, "pairs/s", 0.5)
+    assert found["same_learning"] and "3.00x (2.00 to 5.00)" in table([found])
+
+
+def test_learning_is_compared_update_by_update_and_by_the_runs_apart_where_there_are_any() -> None:
+    same, other = timing(1.0, SAME, 300.0), timing(1.0, [*SAME[:-1], 1.001], 300.0)
+    assert not row_of("dpo-long", DPO, [same], [other])["same_learning"]
+    assert row_of("dpo-long", DPO, [same], [other], apart=(same, same))["same_learning"]
+    assert not row_of("dpo-long", DPO, [same], [same], apart=(same, other))["same_learning"]
+    with pytest.raises(ValueError, match="shorter"):
+        row_of("dpo-long", DPO, [same], [replace(same, learned=SAME[1:])])
+
+
+def test_amounts_are_those_of_what_is_timed() -> None:
+    # 8 prompts with 8 answers each: an iteration is 64 answers; sampling counts new tokens only.
+    assert WORKS["grpo-short"].amount(groups_of(WORKS["grpo-short"])[0]) == 64
+    assert WORKS["sampling-16"].amount(groups_of(WORKS["sampling-16"])[0]) == 16 * 64
+
+
+def test_the_reward_is_the_share_of_even_words() -> None:
+    assert reward(words((2, 3, 4, 6))) == 0.75
+    assert reward("<end>") == 0.0
+
+
+def test_results_replace_what_stands_between_the_marks_and_nothing_else(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- measured: begin -->\nold\n<!-- measured: end -->\nafter\n")
+    machine = {
+        "date": "2030-01-02",
+        "cpu": "abacus",
+        "threads": 2,
+        "memory_bytes": 8e9,
+        "torch": "9",
+        "allocator": "kept",
     }
-    row = _row("dpo-long", WORKS["dpo-long"], sides)
-    assert (row["ratio_low"], row["ratio"], row["ratio_high"]) == (2.0, 3.0, 5.0)
-    assert (row["accord"], row["peer"], row["unit"], row["memory_ratio"]) == (16.0, 4.0, "pairs/s", 0.5)
-    assert row["same_learning"] and "3.00x (2.00 to 5.00)" in table([row])
-    apart = [1.0] * (UPDATES - 1) + [1.001]
-    sides["trl"][0] = timing(3.0, apart, 600.0)
-    assert not _row("dpo-long", WORKS["dpo-long"], sides)["same_learning"]
+    write_page(page, {"machine": machine, "rows": [row()]})
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "2030-01-02: abacus, 2 threads, 8 GB" in text and table([row()]) in text
+    write_page(page, {"machine": machine, "rows": [row()]})
+    assert page.read_text() == text
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="each once"):
+        write_page(page, {"machine": machine, "rows": []})
+
+
+def test_the_figure_draws_every_work_and_marks_what_does_not_learn_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "figure.svg"
+    write_bars(path, [row(), row(work="other", same_learning=False)])
+    texts = [element.text for element in ElementTree.parse(path).iter() if element.tag.endswith("text")]
+    assert {"dpo-long", "other", "3.00x", "3.00x *", "0.50"} <= set(texts)
+    bars = [e for e in ElementTree.parse(path).iter() if e.tag.endswith("rect") and "bar" in e.get("class", "")]
+    # The axis of speed ends at 5 or above, that of memory at 1: 3 of 5 against half.
+    assert [float(bar.get("width", 0)) for bar in bars[:2]] == [180.0, 150.0]
