@@ -94,7 +94,7 @@ def _training(
 
 def _without_value_model(work: Work, models: RolloutModels, prompts: Any, settings: dict[str, Any]) -> Any:
     if work.kind == "grpo":
-        grpo = GRPOConfig.model_validate(settings | {"advantage_scale": "none"})
+        grpo = GRPOConfig.model_validate(settings)
         trainer = OnlineTrainer("grpo", models, prompts, grpo, learners.grpo(grpo), 0)
     else:
         rloo = RLOOConfig.model_validate(settings)

@@ -52,14 +52,14 @@ def even_words(completions: list[str], **others: Any) -> list[float]:
 
 def _trainer(work: Work, model: str, tokenizer: Any, data: Any, shared: dict[str, Any], clock: Clock) -> Any:
     """Both as published: KL of GRPO in the loss (k3, without the ratio that TRL multiplies it by) and a mean over each
-    answer, advantages not divided by their spread; KL of RLOO in the reward."""
+    answer; KL of RLOO in the reward."""
     common: dict[str, Any] = {
         "model": model, "train_dataset": data, "processing_class": tokenizer, "callbacks": [clock],
         "reward_funcs": even_words,
     }  # fmt: skip
     if work.kind == "rloo":
         return trl.RLOOTrainer(args=trl.RLOOConfig(**shared), **common)
-    grpo = {"loss_type": "grpo", "scale_rewards": "none", "use_bias_correction_kl": False}
+    grpo = {"loss_type": "grpo", "use_bias_correction_kl": False}
     return trl.GRPOTrainer(args=trl.GRPOConfig(**shared, **grpo), **common)
 
 
