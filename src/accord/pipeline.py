@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from accord.atomic import write_json
@@ -26,6 +27,7 @@ from accord.methods.rft_stage import run_rft
 from accord.methods.sft import run_sft
 from accord.report.overview import overview_report
 from accord.rewards.scorers import RewardFunction
+from accord.training.allocator import allocator_note
 from accord.training.runfolder import read_summary
 
 __all__ = ["STAGES", "run_stages", "write_overview"]
@@ -58,9 +60,23 @@ def run_stages(
     """Run `stages` in order; finished ones are not repeated. Returns stage -> summary and writes the overview."""
     context = Context(recipe, corpus, console, functions or {})
     check_names(recipe, list(stages), context.functions)
+    context.say(_machine(context))
+    if recipe.model.precision != "float32" and context.device.type == "cpu":
+        context.say(
+            f"`model.precision` = {recipe.model.precision} on a CPU is for trying it out: float32 is faster there"
+        )
+    if recipe.model.offload and context.offload is None:
+        context.say("`model.offload` has nothing to do: there is no GPU, and all models are on the CPU")
     summaries = {stage: STAGES[stage](context) for stage in stages}
     write_overview(context)
     return summaries
+
+
+def _machine(context: Context) -> str:
+    """What the stages run on, and how."""
+    device, threads = context.device, context.recipe.threads or torch.get_num_threads()
+    name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    return f"device: {name}, {threads} CPU threads, {context.recipe.model.precision}, {allocator_note()}"
 
 
 def write_overview(context: Context, more: Mapping[str, Any] | None = None) -> None:

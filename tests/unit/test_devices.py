@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,15 +19,19 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from accord.config import recipe_from
+from accord.config import RLOOConfig, recipe_from
 from accord.errors import ConfigError
 from accord.methods import context as context_module
 from accord.methods.corpus import Corpus, Part
+from accord.methods.rollouts import collect
 from accord.models.device import choose_device
 from accord.models.load import load_policy, reward_model_from, save_model
 from accord.pipeline import run_stages
 from accord.records import Group
+from accord.training import allocator
+from accord.training.allocator import CHOICE, GPU_SETTINGS, allocator_note, keep_freed_memory
 from devices_support import THERE, SecondDevice, WrongDevice
+from online_support import prompts, rollout_cast
 from stages_support import QUICK, answers_to, saved_model
 
 
@@ -61,10 +68,12 @@ CASES: dict[str, dict[str, Any]] = {
         "ppo": {**JUDGED, "minibatches": 2, "ptx_coef": 0.5, "ptx_batch_size": 2, "sampler_correction": "truncated",
                 "kl_in": "loss", "kl_estimator": "k2", "holdout_reward_model": "JUDGE"},
     },
+    "ppo on one trunk": {"ppo": {**JUDGED, "minibatches": 2, "value_trunk": "policy"}},
     "ppo with an adapter": {"model": {"adapter": {"rank": 2}}, "reward": OFFLINE, "ppo": {**ROLLOUT, "minibatches": 2}},
     "ppo of the top block": {
         "model": {"trainable_blocks": 1}, "ppo": {**JUDGED, "minibatches": 1, "value_init": "policy"},
     },
+    "ppo with models that wait": {"model": {"offload": True}, "ppo": {**JUDGED, "minibatches": 2}},
     "rloo": {"rloo": {**ROLLOUT, "reward_function": "given:length"}},
     "grpo": {"grpo": {**JUDGED, "update_epochs": 2}},
     "reinforce": {"reinforce": {**JUDGED, "old_logprobs": "sampler"}},
@@ -122,6 +131,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Recipes find a GPU, and an empty cache."""
     monkeypatch.setenv("ACCORD_CACHE", str(tmp_path / "another cache"))
     monkeypatch.setattr(context_module, "choose_device", lambda name: THERE)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a simulated GPU")
 
 
 @pytest.mark.usefixtures("elsewhere")
@@ -144,6 +154,65 @@ def test_a_stage_on_another_device_ends_with_the_same_numbers(
     # Not to the bit: a file's weights are read where they lie, and a copy's alignment lets kernels round otherwise.
     torch.testing.assert_close(numbers(there), numbers(here), rtol=1e-3, atol=1e-5)
     assert texts(there) == texts(here)
+
+
+def test_a_reference_that_waits_is_on_the_device_only_while_it_is_asked() -> None:
+    section = RLOOConfig(prompts_per_step=2, samples_per_prompt=2, max_new_tokens=4)
+    with SecondDevice():
+        cast = rollout_cast(dtype=torch.float32)
+        cast.policy.to("cuda")
+        seen: list[torch.device] = []
+        cast.reference.register_forward_pre_hook(lambda module, inputs: seen.append(module.device))
+        cast.reference.base_model.register_forward_pre_hook(lambda module, inputs: seen.append(module.device))
+        waiting = collect(replace(cast, offload=THERE), prompts()[:2], section, ("rloo", 0, 1))
+        assert cast.reference.device.type == "cpu"
+        assert set(seen) == {THERE}
+        cast.reference.to("cuda")
+        staying = collect(cast, prompts()[:2], section, ("rloo", 0, 1))
+        assert cast.reference.device == THERE
+    assert torch.equal(waiting.ref_logprobs, staying.ref_logprobs)
+
+
+@pytest.mark.parametrize(("model", "why"), [
+    ({"device": "cpu"}, "model.device"), ({"adapter": {}}, "model.adapter"), ({"trainable_blocks": 1}, "trainable"),
+])  # fmt: skip
+def test_offloading_what_cannot_move_is_a_contradiction(model: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        recipe_from({"model": {"path": "x", "offload": True, **model}})
+
+
+def test_the_machine_is_said_once_and_what_has_no_effect_too(models: dict[str, Path], tmp_path: Path) -> None:
+    screen = io.StringIO()
+    model = {"path": str(models["start"]), "offload": True, "precision": "bfloat16", "device": "auto"}
+    tree = {"threads": 1, "out": str(tmp_path / "out"), "data": {"max_tokens": 48}, "model": model, "orpo": OFFLINE}
+    run_stages(recipe_from(tree), Corpus(preferences=DATA), ["orpo"], Console(file=screen, width=1000))
+    said = screen.getvalue()
+    if not torch.cuda.is_available():
+        assert said.count("device: cpu, 1 CPU threads, bfloat16, freed memory") == 1
+        assert said.count("float32 is faster there") == said.count("`model.offload` has nothing to do") == 1
+
+
+@pytest.mark.parametrize(("choice", "asked"), [(None, "expandable_segments:True"), ("keep", "mine"), ("system", None)])
+def test_the_allocator_settings_can_be_refused_and_those_that_are_there_stay(
+    choice: str | None, asked: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (CHOICE, *GPU_SETTINGS, "THP_MEM_ALLOC_ENABLE"):
+        monkeypatch.delenv(name, raising=False)
+    if choice is not None:
+        monkeypatch.setenv(CHOICE, choice)
+    if asked == "mine":
+        monkeypatch.setenv(GPU_SETTINGS[1], "mine")
+    calls: list[tuple[int, int]] = []
+    library = SimpleNamespace(mallopt=lambda key, value: calls.append((key, value)))
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(allocator, "_kept", False)
+    keep_freed_memory()
+    assert os.environ.get(GPU_SETTINGS[1]) == asked
+    assert len(calls) == (0 if choice == "system" else 2)
+    assert ("kept" in allocator_note()) == (choice != "system")
+    monkeypatch.setenv(CHOICE, "maybe")
+    with pytest.raises(ConfigError, match=CHOICE):
+        keep_freed_memory()
 
 
 def test_on_a_gpu_only_what_a_gpu_mixes_may_be_mixed() -> None:

@@ -201,7 +201,8 @@ def test_the_gradient_of_a_batch_of_demonstrations_is_that_of_its_mean_loss(budg
     config = section(ptx_coef=2.5, ptx_batch_size=5, micro_batch_tokens=budget)
     model = rollout_cast().policy
     expected = imitation_gradient(model, batch(3, 5), 2.5)
-    sums = Imitation(DEMONSTRATIONS, config, pad_id=PAD_ID, seed=0).accumulate(model, 3)
+    imitation = Imitation(DEMONSTRATIONS, config, pad_id=PAD_ID, seed=0)
+    sums = imitation.accumulate(model, 3, budget, lambda loss: loss.backward())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-6, atol=1e-9)
     assert sums["ptx_tokens"] == sum(sum(item.completions[0].mask) for item in batch(3, 5))

@@ -56,6 +56,9 @@ def _run(args: argparse.Namespace) -> int:
         for name in left_out(recipe):
             console.print(f"the {name} stage is no part of the loop and is left out", highlight=False)
         return 0
+    from accord.training.allocator import keep_freed_memory
+
+    keep_freed_memory()  # before torch is imported
     from accord.loop.run import run_loop
 
     run_loop(recipe, corpus, console)

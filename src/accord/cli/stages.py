@@ -82,6 +82,9 @@ def _run(recipe: Recipe, stages: list[str], args: argparse.Namespace) -> int:
         console.print(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), highlight=False, markup=False)
         console.print(plan_table(recipe, corpus, stages))
         return 0
+    from accord.training.allocator import keep_freed_memory
+
+    keep_freed_memory()  # before torch is imported
     from accord.methods.plan import check_sizes
     from accord.pipeline import run_stages
 

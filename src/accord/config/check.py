@@ -60,6 +60,17 @@ def _model(model: ModelConfig) -> list[str]:
             f"`model.scratch.heads` = {model.scratch.heads} does not divide `model.scratch.hidden_size` = "
             f"{model.scratch.hidden_size}"
         )
+    if model.offload and model.device == "cpu":
+        problems.append(
+            "`model.offload` moves models between a GPU and the CPU, and `model.device` = cpu leaves all on the CPU: "
+            "drop one of them"
+        )
+    shared = next((key for key in ("adapter", "trainable_blocks") if getattr(model, key) is not None), None)
+    if model.offload and shared is not None:
+        problems.append(
+            f"`model.offload` moves the reference off the GPU, and with `model.{shared}` it shares its weights with "
+            "the policy, which needs them there: drop `model.offload`, for the reference costs next to nothing"
+        )
     if model.adapter is not None and model.trainable_blocks is not None:
         problems.append(
             "`model.adapter` and `model.trainable_blocks` are both set: train adapters in all blocks, or the top "

@@ -83,6 +83,21 @@ class ModelConfig(Section):
         description="Where models run: `cpu`, `cuda`, `cuda:1`; `auto` is the first GPU where there is one, else the "
         "CPU.",
     )
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32",
+        description="Number format of the matrix products: weights, optimiser and losses stay float32. `bfloat16` and "
+        "`float16` (with a loss scale) are for GPUs; CPUs are slower with them.",
+    )
+    activation_checkpointing: bool = Field(
+        False,
+        description="Keep no activations of the blocks for the backward pass, compute them again: less memory, a third "
+        "more arithmetic.",
+    )
+    offload: bool = Field(
+        False,
+        description="Reference and reward models wait on the CPU and are on the GPU only while they are asked: less "
+        "memory there, and a copy each step.",
+    )
     adapter: AdapterConfig | None = Field(None, description="Train low-rank adapters. Unset: all weights.")
     quantise: Literal["nf4"] | None = Field(
         None,

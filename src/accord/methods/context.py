@@ -31,7 +31,9 @@ from accord.models.device import choose_device
 from accord.models.layout import Layout, layout_cost
 from accord.models.load import ModelShape, build_model, load_policy, save_model
 from accord.models.paths import check_model_path
+from accord.models.precision import precision
 from accord.models.quantise import quantise
+from accord.models.recompute import recompute_activations
 from accord.models.scratch_tokenizer import train_tokenizer
 from accord.models.self_check import check_layouts
 from accord.phases import phase
@@ -87,6 +89,11 @@ class Context:
         """Where models are. Raises ConfigError for a device that is not there."""
         return choose_device(self.recipe.model.device)
 
+    @property
+    def offload(self) -> torch.device | None:
+        """Where models go that are elsewhere while nobody asks them; None where they stay."""
+        return self.device if self.recipe.model.offload and self.device.type != "cpu" else None
+
     def say(self, text: str) -> None:
         """A plain line for people."""
         self.console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
@@ -138,8 +145,10 @@ class LoadedPolicy:
 
 def adapt(context: Context, model: Any, *key: str) -> None:
     """Make a model ready to be trained as the recipe asks for: with an adapter, whose randomness's key is `key`, or
-    with all but its top blocks frozen, or whole."""
+    with all but its top blocks frozen, or whole; and keeping its activations, or not."""
     adapter, blocks = context.recipe.model.adapter, context.recipe.model.trainable_blocks
+    if context.recipe.model.activation_checkpointing:
+        recompute_activations(model)
     if blocks is not None:
         train_top_blocks(model, blocks)
     if adapter is not None:
@@ -199,7 +208,8 @@ def run_stage(
         else:
             for note in run.notes:
                 context.say(note)
-            summary = _with_guards(folder, {"stage": stage, **body(run)})
+            with precision(context.recipe.model.precision):
+                summary = _with_guards(folder, {"stage": stage, **body(run)})
             summary["seconds"] = time.monotonic() - started
             summary["peak_memory_mb"] = peak_memory_mb()
             if (folder / "model").is_dir():
@@ -230,10 +240,15 @@ def _with_guards(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
 
 def _model_settings(context: Context, stage: str) -> dict[str, Any]:
     """The model's settings a stage depends on: only one that trains depends on what of a model is trained. Where models
-    are does not make it another run (see `environment_changes`)."""
+    are does not make it another run (see `environment_changes`), nor does what saves
+    memory by moving or recomputing."""
     trains = stage in STAGES and STAGES[stage].trained > 0
-    unread = set() if trains else {"adapter", "trainable_blocks", "quantise"}
-    return context.recipe.model.model_dump(mode="json", exclude=unread | {"device"})
+    unread = {"device", "offload", "activation_checkpointing"}
+    if not trains:
+        unread |= {"adapter", "trainable_blocks", "quantise"}
+    if context.recipe.model.precision == "float32":  # so runs from before there was a choice continue
+        unread |= {"precision"}
+    return context.recipe.model.model_dump(mode="json", exclude=unread)
 
 
 def _tell(context: Context, summary: Mapping[str, Any]) -> None:

@@ -120,6 +120,7 @@ def model_scorer(context: Context, model: Any, tokenizer: Any, budget: int, fold
         max_tokens=max(positions, data.max_tokens),
         max_prompt_tokens=data.max_prompt_tokens or data.max_tokens,
         name=f"the reward model {folder}",
+        offload=context.offload,
     )
 
 

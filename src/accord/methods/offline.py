@@ -13,6 +13,7 @@ from accord.config import OptimiserFields
 from accord.data.order import batch_indices, epochs_done, micro_batches, num_steps
 from accord.models.adapters import load_trainable_state, trainable_state
 from accord.models.layout import CompletionBatch, Layout, collate
+from accord.models.memory import MicroBatches, one_pass
 from accord.models.token_scores import score_tokens
 from accord.phases import EVALUATION, phase
 from accord.records import TokenGroup
@@ -103,6 +104,7 @@ class OfflineTrainer(Generic[Item]):
         self._layout: Layout = layout
         self._evaluate, self._memory = evaluate, memory
         self._optimiser = Optimiser(model, section)
+        self._micro_batches = MicroBatches(section.micro_batch_tokens)
         self._tokens = self._sequences = 0
 
     def step(self, step: int) -> StepOutcome:
@@ -111,24 +113,13 @@ class OfflineTrainer(Generic[Item]):
         size = self._schedule.batch_size
         with phase("data"):
             batch_items = [self._items[i] for i in batch_indices(step, len(self._items), size, self._seed, self.stage)]
-            begun = self._objective.begin(batch_items, self._policy_logprobs)
-            budget = self._section.micro_batch_tokens
-            passes = list(group_passes(batch_items, self._objective.tokens, self._layout, budget))
-        sums: Sums = {}
-        tokens = 0
-        for items in passes:
-            with phase("data"):
-                groups = [self._objective.tokens(item) for item in items]
-                batch = collate(groups, layout=self._layout, pad_id=self._pad_id, device=self._model.device)
-            with phase("forward"):
-                loss, part = self._objective.loss(self._model, items, batch, begun)
-            with phase("backward"):
-                loss.backward()
-            for name, value in part.items():
-                sums[name] = sums.get(name, 0.0) + value
-            tokens += int(batch.attention_mask.shape[0] * batch.input_ids.shape[1])
-            self._tokens += int(batch.completion_mask.sum())
-            self._sequences += len(batch.row_index)
+            begun = self._micro_batches.attempt(lambda _: self._objective.begin(batch_items, self._policy_logprobs))
+        sums, tokens = self._micro_batches.attempt(
+            lambda budget: self._accumulate(batch_items, begun, budget), self._optimiser.discard
+        )
+        groups = [self._objective.tokens(item) for item in batch_items]
+        self._tokens += sum(sum(completion.mask) for group in groups for completion in group.completions)
+        self._sequences += sum(len(group.completions) for group in groups)
         rate = learning_rate_at(step, self.total_steps, self._section.learning_rate, self._section)
         update = self._optimiser.update(rate)
         if self._memory is not None:
@@ -148,13 +139,33 @@ class OfflineTrainer(Generic[Item]):
             with phase(EVALUATION):
                 metrics |= self._evaluate()
             metrics["time/eval_seconds"] = time.monotonic() - before
-        return StepOutcome(metrics, status=f"loss {metrics['train/loss']:.3f}")
+        return StepOutcome(metrics, status=f"loss {metrics['train/loss']:.3f}", notes=self._micro_batches.notes())
+
+    def _accumulate(self, batch_items: Sequence[Item], begun: Any, budget: int) -> tuple[Sums, int]:
+        """Gradients of the step, in passes of at most `budget` tokens; the step's sums, and the tokens that ran."""
+        sums: Sums = {}
+        tokens = 0
+        with phase("data"):
+            passes = list(group_passes(batch_items, self._objective.tokens, self._layout, budget))
+        for items in passes:
+            groups = [self._objective.tokens(item) for item in items]
+            with one_pass(groups):
+                with phase("data"):
+                    batch = collate(groups, layout=self._layout, pad_id=self._pad_id, device=self._model.device)
+                with phase("forward"):
+                    loss, part = self._objective.loss(self._model, items, batch, begun)
+                self._optimiser.backward(loss)
+            for name, value in part.items():
+                sums[name] = sums.get(name, 0.0) + value
+            tokens += batch.input_ids.numel()
+        return sums, tokens
 
     def capture(self) -> Captured:
         return Captured(
             {"model": trainable_state(self._model), "optimiser": self._optimiser.tensors()},
             {
                 "optimiser": self._optimiser.counters(),
+                "micro_batch_tokens": self._micro_batches.tokens,
                 "tokens": self._tokens,
                 "sequences": self._sequences,
                 "memory": None if self._memory is None else self._memory.values(),
@@ -165,13 +176,14 @@ class OfflineTrainer(Generic[Item]):
         load_trainable_state(self._model, captured.tensors["model"])
         self._optimiser.restore(captured.tensors["optimiser"], captured.values["optimiser"])
         self._tokens, self._sequences = captured.values["tokens"], captured.values["sequences"]
+        self._micro_batches.restore(captured.values)
         if self._memory is not None:
             self._memory.restore(captured.values["memory"])
 
     @phase("scoring")
     def _policy_logprobs(self, groups: Sequence[TokenGroup]) -> Tensor:
         return sequence_logprobs(
-            self._model, groups, layout=self._layout, pad_id=self._pad_id, budget=self._section.micro_batch_tokens
+            self._model, groups, layout=self._layout, pad_id=self._pad_id, budget=self._micro_batches.tokens
         )
 
 
@@ -185,7 +197,7 @@ def sequence_logprobs(model: Any, groups: Sequence[TokenGroup], *, layout: Layou
     for indices in group_passes(range(len(groups)), lambda i: groups[i], layout, budget):
         with phase("data"):
             batch = collate([groups[i] for i in indices], layout=layout, pad_id=pad_id, device=model.device)
-        with torch.no_grad():
+        with torch.no_grad(), one_pass([groups[i] for i in indices]):
             sums = score_tokens(model, batch, mask="loss").logprobs.sum(1)
         result[[row for i in indices for row in range(first[i], first[i + 1])]] = sums.to(result)
     return result

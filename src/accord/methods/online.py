@@ -49,7 +49,7 @@ __all__ = [
     "step_outcome",
 ]
 
-RATIO_TOLERANCE = 1e-5
+RATIO_TOLERANCE = 1e-5  # of float32
 SAMPLES_KEPT = 4
 
 
@@ -175,10 +175,10 @@ def minibatches(step: int, section: RolloutFields, count: int, seed: int, stage:
 
 
 def parts(
-    rollout: Rollout, choice: Choice, groups: Sequence[int], models: RolloutModels, section: RolloutFields
+    rollout: Rollout, choice: Choice, groups: Sequence[int], models: RolloutModels, budget: int
 ) -> Iterator[Part]:
-    """The chosen groups of one update, in forward passes of at most `micro_batch_tokens` tokens."""
-    budget, pad_id = section.micro_batch_tokens, models.template.pad_id
+    """The chosen groups of one update, in forward passes of at most `budget` tokens."""
+    pad_id = models.template.pad_id
     for indices in group_passes(groups, lambda g: choice.groups[g], models.layout, budget):
         with phase("data"):
             chosen = tuple(choice.groups[g] for g in indices)
@@ -274,6 +274,7 @@ def step_outcome(
     score_seconds: float,
     update_seconds: float,
     ending: str | None = None,
+    notes: tuple[str, ...] = (),
 ) -> StepOutcome:
     """A step's report: `metrics` with progress and clocks, the status line, and samples when they are due; `ending` if
     training ends here, without having learned from this rollout."""
@@ -292,7 +293,7 @@ def step_outcome(
     status = f"score {metrics['rollout/score/mean']:+.2f}  KL {metrics['rollout/kl_per_sequence_nats']:.2f}"
     due = step == 1 or step % section.samples_every == 0 or step == total_steps or ending is not None
     samples = (*(samples_of(rollout) if due else ()), *failures_as_samples(rollout.failures))
-    return StepOutcome({**metrics, **progress}, status, samples, ending)
+    return StepOutcome({**metrics, **progress}, status, samples, ending, notes)
 
 
 def samples_of(rollout: Rollout) -> tuple[dict[str, Any], ...]:

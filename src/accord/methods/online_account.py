@@ -8,6 +8,8 @@ from typing import Any, Literal, Protocol
 from accord.config import RolloutFields
 from accord.methods.context import headline
 from accord.methods.online import RATIO_TOLERANCE
+from accord.models.precision import reading_dtype
+from accord.models.self_check import TOLERANCE
 from accord.report.reading import Points, read_run
 from accord.training.loop import Ended
 from accord.training.runfolder import RunFolder
@@ -85,7 +87,9 @@ def _warnings(rows: Mapping[str, Points], trainer: Online, section: RolloutField
             f"{skipped:,.0f} updates were skipped, because their gradients were not finite: nothing was learned in "
             "them. Look at the scale of the rewards, or lower the learning rate."
         )
-    if trainer.drift > RATIO_TOLERANCE:
+    lower = reading_dtype()
+    tolerance = RATIO_TOLERANCE if lower is None else TOLERANCE[lower]
+    if trainer.drift > tolerance:
         advice = (
             f"Set {trainer.stage}.old_logprobs=recompute."
             if section.old_logprobs == "sampler"
@@ -93,7 +97,7 @@ def _warnings(rows: Mapping[str, Points], trainer: Online, section: RolloutField
         )
         warnings.append(
             f"Before any update of a rollout the probability ratio was off 1 by up to {trainer.drift:.1e}, expected at "
-            f"most {RATIO_TOLERANCE:.0e}. {advice}"
+            f"most {tolerance:.0e}. {advice}"
         )
     return warnings
 

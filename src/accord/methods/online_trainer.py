@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
@@ -30,6 +31,7 @@ from accord.methods.online import (
 )
 from accord.methods.rollouts import Prompt, Rollout, RolloutModels, collect
 from accord.models.adapters import load_trainable_state, trainable_state
+from accord.models.memory import MicroBatches, one_pass
 from accord.models.token_scores import TokenScores, score_tokens
 from accord.phases import phase
 from accord.training.loop import Captured, StepOutcome
@@ -100,12 +102,16 @@ class OnlineTrainer:
         self._models, self._prompts, self._section, self._seed = models, prompts, section, seed
         self._learner = learner
         self._optimiser = Optimiser(models.policy, section)
+        self._micro_batches = MicroBatches(section.micro_batch_tokens)
 
     def step(self, step: int) -> StepOutcome:
         """Sample, score, work out what that teaches, then update over shuffled passes."""
         section = self._section
         chosen = prompt_indices(step, section, len(self._prompts), self._seed, self.stage)
-        rollout = collect(self._models, [self._prompts[i] for i in chosen], section, (self.stage, self._seed, step))
+        rollout = collect(
+            self._models, [self._prompts[i] for i in chosen], section, (self.stage, self._seed, step),
+            self._micro_batches,
+        )  # fmt: skip
         lesson = self._learner.lesson(rollout)
         kl = kl_k1(rollout.old_logprobs, rollout.ref_logprobs)
         with phase("logging"):
@@ -117,6 +123,7 @@ class OnlineTrainer:
         return step_outcome(
             step, self.total_steps, rollout, section, metrics,
             score_seconds=rollout.score_seconds, update_seconds=time.monotonic() - started, ending=ending,
+            notes=self._micro_batches.notes(),
         )  # fmt: skip
 
     def capture(self) -> Captured:
@@ -124,6 +131,7 @@ class OnlineTrainer:
             {"policy": trainable_state(self._models.policy), "policy_optimiser": self._optimiser.tensors()},
             {
                 "policy_optimiser": self._optimiser.counters(),
+                "micro_batch_tokens": self._micro_batches.tokens,
                 "drift": self.drift,
                 "rewards": self._models.rewards.capture(),
             },
@@ -132,6 +140,7 @@ class OnlineTrainer:
     def restore(self, captured: Captured) -> None:
         load_trainable_state(self._models.policy, captured.tensors["policy"])
         self._optimiser.restore(captured.tensors["policy_optimiser"], captured.values["policy_optimiser"])
+        self._micro_batches.restore(captured.values)
         self.drift = captured.values["drift"]
         self._models.rewards.restore(captured.values["rewards"])
 
@@ -141,7 +150,9 @@ class OnlineTrainer:
         norms: list[float] = []
         deviations: list[float] = []
         for groups in minibatches(step, self._section, len(lesson.choice.groups), self._seed, self.stage):
-            sums, deviation = self._accumulate(rollout, lesson, groups)
+            sums, deviation = self._micro_batches.attempt(
+                partial(self._accumulate, rollout, lesson, groups), self._optimiser.discard
+            )
             add_sums(totals, sums)
             deviations.append(deviation)
             norms.append(self._optimiser.update(rate).grad_norm)
@@ -159,22 +170,24 @@ class OnlineTrainer:
             "train/grad_norm": sum(norms) / len(norms),
         }
 
-    def _accumulate(self, rollout: Rollout, lesson: Lesson, groups: list[int]) -> tuple[dict[str, float], float]:
-        """Gradients of one update, whatever number of passes it takes; sums over its tokens and completions, and how
+    def _accumulate(
+        self, rollout: Rollout, lesson: Lesson, groups: list[int], budget: int
+    ) -> tuple[dict[str, float], float]:
+        """Gradients of one update, in passes of at most `budget` tokens; sums over its tokens and completions, and how
         far the ratio of a token was from 1."""
         rows = [row for group in groups for row in lesson.choice.rows[group]]
         size = Size(completions=len(rows), tokens=int(rollout.mask[rows].sum()))
         sums: dict[str, float] = {}
         deviation = 0.0
-        for part in parts(rollout, lesson.choice, groups, self._models, self._section):
-            with phase("forward"):
-                scores = score_tokens(
-                    self._models.policy, part.batch,
-                    temperature=self._section.temperature, with_entropy=True, mask="loss",
-                )  # fmt: skip
-                loss, loss_sums = self._learner.loss(scores, part, lesson, size)
-            with phase("backward"):
-                loss.backward()
+        for part in parts(rollout, lesson.choice, groups, self._models, budget):
+            with one_pass(part.groups):
+                with phase("forward"):
+                    scores = score_tokens(
+                        self._models.policy, part.batch,
+                        temperature=self._section.temperature, with_entropy=True, mask="loss",
+                    )  # fmt: skip
+                    loss, loss_sums = self._learner.loss(scores, part, lesson, size)
+                self._optimiser.backward(loss)
             deviation = max(deviation, ratio_deviation(scores.logprobs, part.old_logprobs, part.mask))
             add_sums(sums, loss_sums)
             add_sums(sums, _movement(scores, part))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -41,6 +42,7 @@ from accord.methods.online import (
 from accord.methods.ppo_update import OneTrunk, Pupils, Signal, TwoModels
 from accord.methods.ptx import Imitation
 from accord.methods.rollouts import Prompt, Rollout, RolloutModels, collect
+from accord.models.memory import MicroBatches, one_pass
 from accord.phases import phase
 from accord.training.loop import Captured, StepOutcome
 
@@ -72,12 +74,13 @@ class PPOTrainer:
         kind = OneTrunk if section.value_trunk == "policy" else TwoModels
         self._pupils: Pupils = kind(models.policy, value, section, self.total_steps)
         self._imitation, self._kl_coef = imitation, section.kl_coef
+        self._micro_batches = MicroBatches(section.micro_batch_tokens)
 
     def step(self, step: int) -> StepOutcome:
         """Generate, score, compute advantages, then update over several shuffled passes."""
         section = self._section
         prompts = [self._prompts[i] for i in prompt_indices(step, section, len(self._prompts), self._seed, "ppo")]
-        rollout = collect(self._models, prompts, section, ("ppo", self._seed, step))
+        rollout = collect(self._models, prompts, section, ("ppo", self._seed, step), self._micro_batches)
         kl = kl_k1(rollout.old_logprobs, rollout.ref_logprobs)
         price = self._kl_coef if section.kl_in == "reward" else 0.0
         rewards = final_rewards(rollout, price * kl)
@@ -87,7 +90,7 @@ class PPOTrainer:
         score_seconds, update_seconds = rollout.score_seconds, 0.0
         if ending is None:
             scored = time.monotonic()
-            values = self._pupils.values(rollout, self._models)
+            values = self._pupils.values(rollout, self._models, self._micro_batches)
             started = time.monotonic()
             score_seconds += started - scored
             mask = learned_tokens(rollout)
@@ -102,17 +105,24 @@ class PPOTrainer:
         return step_outcome(
             step, self.total_steps, rollout, section, metrics,
             score_seconds=score_seconds, update_seconds=update_seconds, ending=ending,
+            notes=self._micro_batches.notes(),
         )  # fmt: skip
 
     def capture(self) -> Captured:
         pupils = self._pupils.capture()
-        own = {"kl_coef": self._kl_coef, "drift": self.drift, "rewards": self._models.rewards.capture()}
+        own = {
+            "kl_coef": self._kl_coef,
+            "drift": self.drift,
+            "rewards": self._models.rewards.capture(),
+            "micro_batch_tokens": self._micro_batches.tokens,
+        }
         return Captured(pupils.tensors, pupils.values | own)
 
     def restore(self, captured: Captured) -> None:
         self._pupils.restore(captured)
         self._kl_coef, self.drift = captured.values["kl_coef"], captured.values["drift"]
         self._models.rewards.restore(captured.values["rewards"])
+        self._micro_batches.restore(captured.values)
 
     def _steer_kl(self, step: int, observed: float) -> None:
         """The next step's kl_coef. While the policy stands still there is nothing to steer."""
@@ -131,14 +141,15 @@ class PPOTrainer:
         deviations: list[float] = []
         first = (step - 1) * section.update_epochs * section.minibatches + 1
         for number, groups in enumerate(minibatches(step, section, len(choice.groups), self._seed, "ppo"), first):
-            sums, deviation = self._accumulate(rollout, choice, groups, signal, teaches_policy)
+            sums, deviation = self._micro_batches.attempt(
+                partial(self._accumulate, rollout, choice, groups, signal, number, teaches_policy),
+                self._pupils.discard,
+            )
             add_sums(totals, {**sums, "minibatches": 1})
             deviations.append(deviation)
             if _too_far(sums, section):
                 self._pupils.discard()
                 break
-            if teaches_policy and self._imitation is not None:
-                add_sums(totals, self._imitation.accumulate(self._models.policy, number))
             add_sums(totals, self._pupils.update(step, teaches_policy=teaches_policy))
             totals["updates"] += 1
         metrics = {"train/updates": totals["updates"], "train/skipped_updates": float(self._pupils.skipped)}
@@ -153,17 +164,27 @@ class PPOTrainer:
         return metrics
 
     def _accumulate(
-        self, rollout: Rollout, choice: Choice, groups: list[int], signal: Signal, teaches_policy: bool
+        self,
+        rollout: Rollout,
+        choice: Choice,
+        groups: list[int],
+        signal: Signal,
+        number: int,
+        teaches_policy: bool,
+        budget: int,
     ) -> tuple[dict[str, float], float]:
-        """Gradients of one minibatch, whatever number of passes it takes; sums over its tokens, and how far the ratio
-        of a token was from 1."""
+        """Gradients of the minibatch `number`, in passes of at most `budget` tokens, imitation's too unless the policy
+        has moved too far; sums over its tokens, and how far the ratio of a token was from 1."""
         count = int(sum(rollout.mask[list(choice.rows[g])].sum() for g in groups))
         sums: dict[str, float] = {}
         deviation = 0.0
-        for part in parts(rollout, choice, groups, self._models, self._section):
-            part_sums, part_deviation = self._pupils.accumulate(part, signal, count, teaches_policy=teaches_policy)
+        for part in parts(rollout, choice, groups, self._models, budget):
+            with one_pass(part.groups):
+                part_sums, part_deviation = self._pupils.accumulate(part, signal, count, teaches_policy=teaches_policy)
             add_sums(sums, part_sums)
             deviation = max(deviation, part_deviation)
+        if teaches_policy and self._imitation is not None and not _too_far(sums, self._section):
+            add_sums(sums, self._imitation.accumulate(self._models.policy, number, budget, self._pupils.backward))
         return sums, deviation
 
 

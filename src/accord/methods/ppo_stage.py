@@ -16,6 +16,7 @@ from accord.methods.ppo import PPOTrainer
 from accord.methods.ptx import Imitation
 from accord.methods.reward_models import value_model_beside
 from accord.models.load import fresh_value_model, load_reward_model, value_head
+from accord.models.recompute import recompute_activations
 
 __all__ = ["run_ppo"]
 
@@ -26,7 +27,10 @@ def run_ppo(context: Context) -> dict[str, Any]:
     assert section is not None
 
     def trainer(cast: Cast) -> PPOTrainer:
-        value = _value_model(context, section, cast)
+        # A reward model that waits on the CPU has its copy there.
+        value = _value_model(context, section, cast).to(context.device)
+        if context.recipe.model.activation_checkpointing and section.value_trunk != "policy":
+            recompute_activations(value)
         imitation = _imitation(context, section, cast)
         return PPOTrainer(cast.models, value, cast.prompts, section, context.seed, imitation)
 

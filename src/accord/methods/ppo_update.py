@@ -16,6 +16,7 @@ from accord.methods.online import Part, add_sums, kl_loss, ratio_deviation
 from accord.methods.rollouts import Rollout, RolloutModels, per_token
 from accord.models.adapters import load_trainable_state, trainable_state
 from accord.models.layout import CompletionBatch
+from accord.models.memory import MicroBatches
 from accord.models.token_scores import (
     TokenScores,
     hidden_states,
@@ -60,7 +61,7 @@ class Pupils(Protocol):
         """Updates left out because a gradient was not finite."""
         ...
 
-    def values(self, rollout: Rollout, models: RolloutModels) -> Tensor:
+    def values(self, rollout: Rollout, models: RolloutModels, micro_batches: MicroBatches) -> Tensor:
         """(C, T) V before each token, without gradient."""
         ...
 
@@ -69,6 +70,10 @@ class Pupils(Protocol):
     ) -> tuple[dict[str, float], float]:
         """Gradient of one forward pass's share of a minibatch of `count` tokens; sums over its tokens, and how far the
         ratio of one was from 1 (0 for a policy that stands still)."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of another loss of the policy's."""
         ...
 
     def update(self, step: int, *, teaches_policy: bool) -> dict[str, float]:
@@ -99,8 +104,8 @@ class TwoModels:
         return self._policy_optimiser.skipped + self._value_optimiser.skipped
 
     @phase("scoring")
-    def values(self, rollout: Rollout, models: RolloutModels) -> Tensor:
-        return _values(rollout, models, self._section, lambda batch: score_values(self._value_model, batch))
+    def values(self, rollout: Rollout, models: RolloutModels, micro_batches: MicroBatches) -> Tensor:
+        return _values(rollout, models, micro_batches, lambda batch: score_values(self._value_model, batch))
 
     @phase("forward")
     def accumulate(
@@ -113,13 +118,14 @@ class TwoModels:
                 self._policy, part.batch, temperature=self._section.temperature, with_entropy=True, mask="loss"
             )
             loss = _policy_loss(self._section, scores, part, signal, count, sums)
-            with phase("backward"):
-                loss.backward()
+            self._policy_optimiser.backward(loss)
             deviation = ratio_deviation(scores.logprobs, part.old_logprobs, part.mask)
         loss = _value_loss(self._section, score_values(self._value_model, part.batch), part, signal, count, sums)
-        with phase("backward"):
-            loss.backward()
+        self._value_optimiser.backward(loss)
         return sums, deviation
+
+    def backward(self, loss: Tensor) -> None:
+        self._policy_optimiser.backward(loss)
 
     def update(self, step: int, *, teaches_policy: bool) -> dict[str, float]:
         norms: dict[str, float] = {}
@@ -188,9 +194,9 @@ class OneTrunk:
         return self._optimiser.skipped
 
     @phase("scoring")
-    def values(self, rollout: Rollout, models: RolloutModels) -> Tensor:
+    def values(self, rollout: Rollout, models: RolloutModels, micro_batches: MicroBatches) -> Tensor:
         return _values(
-            rollout, models, self._section,
+            rollout, models, micro_batches,
             lambda batch: values_of(self._head, hidden_states(self._policy, batch), batch),
         )  # fmt: skip
 
@@ -211,9 +217,11 @@ class OneTrunk:
             )  # fmt: skip
             loss = loss + _policy_loss(self._section, scores, part, signal, count, sums)
             deviation = ratio_deviation(scores.logprobs, part.old_logprobs, part.mask)
-        with phase("backward"):
-            loss.backward()
+        self._optimiser.backward(loss)
         return sums, deviation
+
+    def backward(self, loss: Tensor) -> None:
+        self._optimiser.backward(loss)
 
     def update(self, step: int, *, teaches_policy: bool) -> dict[str, float]:
         norm = self._optimiser.update(self._rate(step)).grad_norm
@@ -251,9 +259,9 @@ class OneTrunk:
 
 
 def _values(
-    rollout: Rollout, models: RolloutModels, section: PPOConfig, read: Callable[[CompletionBatch], Tensor]
+    rollout: Rollout, models: RolloutModels, micro_batches: MicroBatches, read: Callable[[CompletionBatch], Tensor]
 ) -> Tensor:
-    return per_token(rollout.groups, models, section.micro_batch_tokens, rollout.mask.shape[1], read)
+    return per_token(rollout.groups, models, micro_batches, rollout.mask.shape[1], read)
 
 
 def _policy_loss(

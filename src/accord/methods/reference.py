@@ -39,6 +39,8 @@ from accord.atomic import make_folder, write_bytes
 from accord.errors import AccordError, TrainingError
 from accord.methods.offline import sequence_logprobs
 from accord.models.layout import Layout
+from accord.models.memory import MicroBatches
+from accord.models.precision import reading_dtype
 from accord.models.quantise import is_quantised
 from accord.phases import phase
 from accord.records import TokenCompletion, TokenGroup
@@ -120,7 +122,7 @@ def _identity(model: Any, weights: str) -> str:
         config.pop(bookkeeping, None)
     settings = json.dumps(config, sort_keys=True, default=str)
     commit = getattr(model.config, "_commit_hash", None)
-    parts = [FORMAT, weights, commit, settings, str(model.dtype), model.device.type]
+    parts = [FORMAT, weights, commit, settings, str(reading_dtype() or model.dtype), model.device.type]
     if is_quantised(model):
         parts.append("nf4")
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
@@ -153,7 +155,9 @@ def _missing(groups: Sequence[TokenGroup], values: Mapping[bytes, float]) -> lis
 
 @phase("reference")
 def _computed(model: Any, groups: Sequence[TokenGroup], layout: Layout, budget: int, pad_id: int) -> Values:
-    numbers = sequence_logprobs(model, groups, layout=layout, pad_id=pad_id, budget=budget).tolist()
+    numbers = MicroBatches(budget).attempt(
+        lambda tokens: sequence_logprobs(model, groups, layout=layout, pad_id=pad_id, budget=tokens).tolist()
+    )
     keys = [key for group in groups for key in _keys(group)]
     origins = [group.origin for group in groups for _ in group.completions]
     for number, origin in zip(numbers, origins, strict=True):

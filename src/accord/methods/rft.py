@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from accord.methods.offline import group_passes
 from accord.methods.rollouts import Prompt
 from accord.models.adapters import load_trainable_state, trainable_state
 from accord.models.layout import Layout, collate
+from accord.models.memory import MicroBatches, one_pass
 from accord.models.token_scores import score_tokens
 from accord.phases import phase
 from accord.randomness import permutation
@@ -75,6 +77,7 @@ class RFTTrainer:
         self._layout: Layout = layout
         self._seed = seed
         self._optimiser = Optimiser(policy, section)
+        self._micro_batches = MicroBatches(section.micro_batch_tokens)
         self._pool: _Pool | None = None
         self._tokens = self._sequences = 0
 
@@ -120,18 +123,25 @@ class RFTTrainer:
         if kept:
             status += f", which score {metrics['rollout/kept_score/mean']:+.2f}"
         due = step == 1 or step % section.samples_every == 0 or step == self.total_steps
-        return StepOutcome(metrics, status, self._samples(prompts, pool) if due else ())
+        samples = self._samples(prompts, pool) if due else ()
+        return StepOutcome(metrics, status, samples, notes=self._micro_batches.notes())
 
     def capture(self) -> Captured:
         pool = {} if self._pool is None else _to_tensors(self._pool)
         return Captured(
             {"policy": trainable_state(self._policy), "optimiser": self._optimiser.tensors(), "pool": pool},
-            {"optimiser": self._optimiser.counters(), "tokens": self._tokens, "sequences": self._sequences},
+            {
+                "optimiser": self._optimiser.counters(),
+                "micro_batch_tokens": self._micro_batches.tokens,
+                "tokens": self._tokens,
+                "sequences": self._sequences,
+            },
         )
 
     def restore(self, captured: Captured) -> None:
         load_trainable_state(self._policy, captured.tensors["policy"])
         self._optimiser.restore(captured.tensors["optimiser"], captured.values["optimiser"])
+        self._micro_batches.restore(captured.values)
         self._pool = _from_tensors(captured.tensors["pool"])
         self._tokens, self._sequences = captured.values["tokens"], captured.values["sequences"]
 
@@ -145,7 +155,7 @@ class RFTTrainer:
     @phase("forward")
     def _imitate(self, step: int, kept: Sequence[TokenGroup]) -> dict[str, float]:
         """SFT on the kept completions: `epochs` passes, each freshly shuffled. Without any nothing happens."""
-        section, pad_id = self._section, self._drawing.template.pad_id
+        section = self._section
         rate = learning_rate_at(step, self.total_steps, section.learning_rate, section)
         nll = tokens = 0.0
         norms: list[float] = []
@@ -153,14 +163,7 @@ class RFTTrainer:
             order = batch_indices(update, len(kept), section.batch_size, self._seed, "rft", step)
             batch_groups = [kept[i] for i in order]
             count = sum(len(group.completions[0].ids) for group in batch_groups)
-            for groups in group_passes(batch_groups, lambda g: g, self._layout, section.micro_batch_tokens):
-                with phase("data"):
-                    batch = collate(groups, layout=self._layout, pad_id=pad_id, device=self._policy.device)
-                logprobs = score_tokens(self._policy, batch, mask="loss").logprobs
-                result = sft_loss(logprobs, batch.completion_mask, num_tokens=count)
-                with phase("backward"):
-                    result.loss.backward()
-                nll += float(result.nll_sum)
+            nll += self._micro_batches.attempt(partial(self._accumulate, batch_groups, count), self._optimiser.discard)
             norms.append(self._optimiser.update(rate).grad_norm)
             tokens += count
             self._sequences += len(batch_groups)
@@ -172,6 +175,22 @@ class RFTTrainer:
             "train/grad_norm": sum(norms) / len(norms),
             "train/learning_rate": rate,
         }
+
+    def _accumulate(self, batch_groups: Sequence[TokenGroup], count: int, budget: int) -> float:
+        """Gradient of one update on `count` tokens, in passes of at most `budget`; the summed loss, nats."""
+        nll = 0.0
+        for groups in group_passes(batch_groups, lambda g: g, self._layout, budget):
+            with one_pass(groups):
+                with phase("data"):
+                    batch = collate(
+                        groups,
+                        layout=self._layout, pad_id=self._drawing.template.pad_id, device=self._policy.device,
+                    )  # fmt: skip
+                logprobs = score_tokens(self._policy, batch, mask="loss").logprobs
+                result = sft_loss(logprobs, batch.completion_mask, num_tokens=count)
+                self._optimiser.backward(result.loss)
+            nll += float(result.nll_sum)
+        return nll
 
     def _samples(self, prompts: Sequence[Prompt], pool: _Pool) -> tuple[dict[str, Any], ...]:
         """The first prompts, each with what would be kept of it at the strictest quantile: its best completion."""

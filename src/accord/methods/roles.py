@@ -94,6 +94,7 @@ def rollout_models(
         gold=gold,
         layout=sampling_layout(context, policy, prompts, section.max_own_tokens, section.samples_per_prompt),
         partner=partner,
+        offload=context.offload,
     )
 
 

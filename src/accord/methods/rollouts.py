@@ -19,6 +19,8 @@ from accord.methods.offline import group_passes
 from accord.methods.watch import Watch, heard
 from accord.models.adapters import adapters_off
 from accord.models.layout import CompletionBatch, Layout, collate
+from accord.models.memory import MicroBatches, one_pass
+from accord.models.offload import in_use
 from accord.models.token_scores import score_tokens
 from accord.phases import phase
 from accord.records import Group, Score, ScoreRequest, TokenGroup
@@ -97,7 +99,7 @@ class Rollout:
 class RolloutModels:
     """Who takes part in a rollout. The reference may be the policy itself, if it has an adapter: then it is asked
     without it. `partner` is the environment of conversations, None for one answer a prompt; `rewards` is what remains
-    of earlier rollouts' scores."""
+    of earlier rollouts' scores. With `offload` the reference is on that device only while it is asked."""
 
     policy: Any
     reference: Any
@@ -109,12 +111,19 @@ class RolloutModels:
     partner: Partner | None = field(default=None, kw_only=True)
     rewards: RewardState = field(default_factory=RewardState, kw_only=True)
     watch: Watch | None = field(default=None, kw_only=True)
+    offload: torch.device | None = field(default=None, kw_only=True)
 
 
 def collect(
-    models: RolloutModels, prompts: Sequence[Prompt], section: RolloutFields, key: tuple[int | str, ...]
+    models: RolloutModels,
+    prompts: Sequence[Prompt],
+    section: RolloutFields,
+    key: tuple[int | str, ...],
+    micro_batches: MicroBatches | None = None,
 ) -> Rollout:
-    """Sample, score, and run the reference once over everything that was scored."""
+    """Sample, score, and run the reference once over everything that was scored, in passes as `micro_batches` allows
+    (the section, if None)."""
+    passes = micro_batches or MicroBatches(section.micro_batch_tokens)
     started = time.monotonic()
     with phase("sampling"):
         sampled = _sampled(models, prompts, section, section.samples_per_prompt, key)
@@ -134,7 +143,7 @@ def collect(
 
     def logprobs(model: Any) -> Tensor:
         return per_token(
-            groups, models, section.micro_batch_tokens, mask.shape[1],
+            groups, models, passes, mask.shape[1],
             lambda batch: score_tokens(model, batch, temperature=section.temperature, mask="loss").logprobs,
         )  # fmt: skip
 
@@ -142,7 +151,7 @@ def collect(
         old = logprobs(models.policy) if section.old_logprobs == "recompute" else sampled_logprobs
         gold = None if models.gold is None else torch.tensor(values_of(models.gold, requests))
         watched = {} if models.watch is None else models.watch.metrics(requests, states)
-    with phase("reference"), adapters_off(models.reference):
+    with phase("reference"), adapters_off(models.reference), in_use(models.reference, models.offload):
         ref_logprobs = logprobs(models.reference)
     return Rollout(
         groups=groups,
@@ -233,11 +242,22 @@ def _sampled(
 def per_token(
     groups: Sequence[TokenGroup],
     models: RolloutModels,
+    micro_batches: MicroBatches,
+    width: int,
+    function: Callable[[CompletionBatch], Tensor],
+) -> Tensor:
+    """(C, width) of a (C, T) function of batches, run without gradient."""
+    return micro_batches.attempt(lambda budget: _per_token(groups, models, budget, width, function))
+
+
+def _per_token(
+    groups: Sequence[TokenGroup],
+    models: RolloutModels,
     budget: int,
     width: int,
     function: Callable[[CompletionBatch], Tensor],
 ) -> Tensor:
-    """(C, width) of a (C, T) function of batches, run without gradient in passes of at most `budget` tokens."""
+    """As `per_token`, in passes of at most `budget` tokens."""
     first = [0]
     for group in groups:
         first.append(first[-1] + len(group.completions))
@@ -248,7 +268,7 @@ def per_token(
                 [groups[i] for i in indices],
                 layout=models.layout, pad_id=models.template.pad_id, device=models.policy.device,
             )  # fmt: skip
-        with torch.no_grad():
+        with torch.no_grad(), one_pass([groups[i] for i in indices]):
             values = function(batch)
         rows = [row for i in indices for row in range(first[i], first[i + 1])]
         result[rows, : values.shape[1]] = values.to(result)

@@ -33,6 +33,7 @@ from accord.methods.corpus import split_holdout
 from accord.methods.offline import OfflineTrainer, PolicyLogprobs, Sums, group_passes
 from accord.methods.sft_rouge import RougeProbe, rouge_account
 from accord.models.layout import CompletionBatch, Layout, collate
+from accord.models.memory import one_pass
 from accord.models.token_scores import score_tokens
 from accord.records import TokenGroup
 from accord.training.loop import run_training
@@ -66,7 +67,7 @@ def held_out_loss(
     rows: list[tuple[float, int, int]] = []
     for groups_of_pass in group_passes(groups, lambda g: g, layout, budget):
         batch = collate(groups_of_pass, layout=layout, pad_id=pad_id, device=model.device)
-        with torch.no_grad():
+        with torch.no_grad(), one_pass(groups_of_pass):
             nll = -score_tokens(model, batch, mask="loss").logprobs.sum(1)
         for index, group in enumerate(groups_of_pass):
             inside = batch.group_index == index

@@ -23,6 +23,7 @@ from accord.atomic import write_bytes, write_json
 from accord.errors import ConfigError
 from accord.losses.ilql import polyak
 from accord.models.layout import CompletionBatch
+from accord.models.precision import lowered
 from accord.models.projection import LogitTransform, logits_of, token_logprobs
 from accord.models.token_scores import logit_transform, predicting_states, spread
 
@@ -113,7 +114,8 @@ class ILQLModel(nn.Module):
         states = predicting_states(self.policy, batch, mask)
         output = self.policy.get_output_embeddings()
         transform = logit_transform(self.policy, 1.0)
-        logprobs, _ = token_logprobs(states, output.weight, output.bias, ids, transform, with_entropy=False)
+        hidden, weight = lowered(states, output.weight)
+        logprobs, _ = token_logprobs(hidden, weight, output.bias, ids, transform, with_entropy=False)
         features = [head.features(states) for head in self.q_heads]
         with torch.no_grad():
             target_q = [head.at(head.features(states), ids) for head in self.target_heads]

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from accord.errors import ConfigError
 from accord.models.layout import Layout, collate
+from accord.models.precision import reading, reading_dtype
 from accord.models.token_scores import attention_window, score_tokens
 from accord.records import TokenCompletion, TokenGroup
 
-__all__ = ["LayoutCheck", "check_layouts"]
+__all__ = ["TOLERANCE", "LayoutCheck", "check_layouts"]
 
 # Largest difference of a log-probability (nats) that rounding explains; 16-bit trunks round hidden states themselves.
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 _PLAIN_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -47,7 +48,7 @@ def check_layouts(
     Raises: ConfigError when the model's own logits are not what we compute.
     """
     groups = [_with_another_completion(group) for group in groups]
-    tolerance = _TOLERANCE[model.dtype]
+    tolerance = TOLERANCE[reading_dtype() or model.dtype]
     with torch.no_grad():
         plain = collate(groups, layout="plain", pad_id=pad_id, device=model.device)
         ours = score_tokens(model, plain).logprobs
@@ -82,7 +83,8 @@ def _own_logprobs(model: Any, groups: Sequence[TokenGroup], like: Tensor) -> Ten
     rows = [(group.prompt_ids, completion.ids) for group in groups for completion in group.completions]
     for c, (prompt, completion) in enumerate(rows):
         ids = torch.tensor([prompt + completion], device=model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].to(like.dtype)
+        with reading(model.device):
+            logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].to(like.dtype)
         own[c, : len(completion)] = logits.log_softmax(dim=-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
     return own
 

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from accord.errors import ConfigError
 from accord.models.heads import scalar_head, score_head
 from accord.models.layout import CompletionBatch
+from accord.models.precision import lowered, reading
 from accord.models.projection import LogitTransform, token_logprobs
+from accord.models.recompute import recomputing
 
 __all__ = [
     "TokenScores",
@@ -81,9 +83,10 @@ def tokens_of(
     """`score_tokens` from the model's hidden states (R, L, H), for whoever needs these for something else as well."""
     scored = batch.valid_mask if mask == "valid" else batch.completion_mask
     head = model.get_output_embeddings()
+    hidden, weight = lowered(_predicting(hidden, batch, scored), head.weight)
     logprobs, entropies = token_logprobs(
-        _predicting(hidden, batch, scored),
-        head.weight,
+        hidden,
+        weight,
         head.bias,
         batch.completion_ids[scored],
         logit_transform(model, temperature),
@@ -103,14 +106,14 @@ def score_values(value_model: Any, batch: CompletionBatch) -> Tensor:
 def values_of(head: Any, hidden: Tensor, batch: CompletionBatch) -> Tensor:
     """`score_values` from hidden states (R, L, H) and a head on them, H to 1."""
     # The head runs everywhere: H multiplications a place cost less than gathering and scattering H numbers a token.
-    values = _at_least_float32(head(hidden)).flatten()
+    values = _read_by(head, hidden).flatten()
     places = (batch.row_index[:, None] * hidden.shape[1] + batch.predict_index)[batch.valid_mask]
     return spread(values.index_select(0, places), batch.valid_mask)
 
 
 def head_scores(reward_model: Any, batch: CompletionBatch) -> Tensor:
     """(C, K) score of each completion by each head: the heads on the hidden state of its last token."""
-    return _at_least_float32(score_head(reward_model)(last_hidden_states(reward_model, batch)))
+    return _read_by(score_head(reward_model), last_hidden_states(reward_model, batch))
 
 
 def score_completions(reward_model: Any, batch: CompletionBatch) -> Tensor:
@@ -122,7 +125,7 @@ def token_head_scores(reward_model: Any, batch: CompletionBatch) -> Tensor:
     """(C, T, K) score by each head of each completion as far as token t: the heads on that token's hidden state. 0,
     without gradient, where there is no token."""
     hidden = hidden_states(reward_model, batch)
-    scores = _at_least_float32(score_head(reward_model)(hidden)).flatten(0, 1)
+    scores = _read_by(score_head(reward_model), hidden).flatten(0, 1)
     places = batch.row_index[:, None] * hidden.shape[1] + batch.token_index
     return torch.where(batch.valid_mask[:, :, None], scores[places], 0.0)
 
@@ -192,7 +195,8 @@ def hidden_states(model: Any, batch: CompletionBatch) -> Tensor:
             f"{type(model).__name__} does not tell its trunk from its head, so token scores cannot be computed; "
             "use another architecture (llama, qwen, mistral, gemma, phi, olmo, gpt2, ...)"
         )
-    return model.base_model(input_ids=batch.input_ids, use_cache=False, **inputs).last_hidden_state
+    with reading(batch.input_ids.device), recomputing(model.base_model):
+        return model.base_model(input_ids=batch.input_ids, use_cache=False, **inputs).last_hidden_state
 
 
 def _as_model_mask(model: Any, mask: Tensor) -> Tensor:
@@ -209,5 +213,7 @@ def _as_model_mask(model: Any, mask: Tensor) -> Tensor:
     )
 
 
-def _at_least_float32(values: Tensor) -> Tensor:
+def _read_by(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """What a scalar head says of hidden states (..., H), in float32 at least."""
+    values = head(hidden.to(head.weight.dtype))
     return values.to(torch.promote_types(values.dtype, torch.float32))

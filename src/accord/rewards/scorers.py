@@ -16,6 +16,8 @@ from accord.data.templates import Template
 from accord.data.tokenise import tokenise_groups
 from accord.errors import RewardError
 from accord.models.layout import collate
+from accord.models.memory import one_pass
+from accord.models.offload import in_use
 from accord.models.token_scores import head_scores
 from accord.phases import phase
 from accord.records import Completion, Group, Message, Score, ScoreRequest, content_id
@@ -52,7 +54,8 @@ class ModelScorer:
     The answer is rendered as a finished assistant turn, so the head reads the end-of-turn token it was trained on;
     whether the policy really finished is the missing-EOS penalty's business. Prompts that are too long lose their
     oldest part, as when the reward model was trained; answers that do not fit are errors. Of a model with several heads
-    the score is their mean, and its `members` are theirs.
+    the score is their mean, and its `members` are theirs. With `offload` the model is on that device only while it
+    scores.
     """
 
     wants_tokens = False
@@ -66,13 +69,18 @@ class ModelScorer:
         max_tokens: int,
         max_prompt_tokens: int | None,
         name: str,
+        offload: torch.device | None = None,
     ) -> None:
         self.name = name
         self._model, self._template = model, template
-        self._micro_batch_tokens = micro_batch_tokens
+        self._micro_batch_tokens, self._offload = micro_batch_tokens, offload
         self._limits: dict[str, Any] = {"max_tokens": max_tokens, "max_prompt_tokens": max_prompt_tokens}
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        with in_use(self._model, self._offload):
+            return self._score(requests)
+
+    def _score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         groups = [Group(r.prompt, (Completion((Message("assistant", r.completion),)),)) for r in requests]
         with phase("data"):
             tokenised = tokenise_groups(groups, self._template, loss_on="assistant", **self._limits)
@@ -86,7 +94,7 @@ class ModelScorer:
                     [group for _, group in rows_of_pass],
                     layout="plain", pad_id=self._template.pad_id, device=self._model.device,
                 )  # fmt: skip
-            with torch.no_grad():
+            with torch.no_grad(), one_pass([group for _, group in rows_of_pass]):
                 scores = head_scores(self._model, batch)
             for (index, _), value, members in zip(rows_of_pass, scores.mean(1).tolist(), scores.tolist(), strict=True):
                 results[index] = (

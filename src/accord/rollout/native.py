@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from accord.errors import ConfigError, DataError, TrainingError
+from accord.models.precision import reading
 from accord.randomness import generator
 from accord.records import SampledCompletion
 from accord.rollout.sampling import Sampling, choose
@@ -98,7 +99,9 @@ class NativeSampler:
         self._model.eval()
         try:
             for rows in self._batches(prompts, n, first_index):
-                for row, sample in zip(rows, self._decode(prompts, rows, sampling, key), strict=True):
+                with reading(self._model.device):
+                    sampled = self._decode(prompts, rows, sampling, key)
+                for row, sample in zip(rows, sampled, strict=True):
                     samples[row.prompt].append(sample)
                 num_done += len(rows)
                 if self._progress is not None:

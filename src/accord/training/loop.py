@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor
 
 from accord import metrics
@@ -39,6 +40,7 @@ class StepOutcome:
     metrics  by registered name
     status   a few words for the bar
     samples  for samples.jsonl
+    notes    sentences for people, each said once
     ending   why this step is the last one, ahead of the trainer's total ("KL 12.3 exceeded the budget 12"); None = it
              is not. It must follow from what survives a restart, as everything a step does.
     """
@@ -47,6 +49,7 @@ class StepOutcome:
     status: str = ""
     samples: tuple[Mapping[str, Any], ...] = ()
     ending: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +128,8 @@ def run_training(trainer: Trainer, run: RunFolder, console: Console, guards: Gua
                 if step % trainer.checkpoint_every == 0 or last or stopping:
                     _save(trainer, run, step, early, watch)
                 progress.advance(outcome.status)
+                for note in outcome.notes:
+                    console.print(f"  [yellow]{escape(note)}[/]", highlight=False, soft_wrap=True)
                 done = step
                 if stopping:
                     break

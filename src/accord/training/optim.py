@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from accord.config import OptimiserFields
 from accord.errors import TrainingError
 from accord.models.extras import require_bitsandbytes
+from accord.models.precision import reading_dtype
 from accord.phases import phase
+from accord.training.loss_scale import LossScale
 
 __all__ = ["Optimiser", "Update", "learning_rate_at"]
 
@@ -64,8 +66,14 @@ class Optimiser:
         self._in_8_bits = section.optimiser == "adamw_8bit"
         self._adam = _adamw(groups, section)
         self._max_grad_norm = section.max_grad_norm
+        self._loss_scale = LossScale() if reading_dtype() is torch.float16 else None
         self.skipped = 0
         self._skipped_in_a_row = 0
+
+    @phase("backward")
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss` to what is accumulated."""
+        (loss if self._loss_scale is None else loss * self._loss_scale.scale).backward()
 
     @phase("optimiser")
     def update(self, learning_rate: float) -> Update:
@@ -75,8 +83,11 @@ class Optimiser:
         the run is lost: TrainingError.
         """
         parameters = [p for _, p in self._named]
+        if self._loss_scale is not None:
+            self._loss_scale.undo([p.grad for p in parameters if p.grad is not None])
         norm = float(nn.utils.clip_grad_norm_(parameters, self._max_grad_norm))
         applied = math.isfinite(norm)
+        overflowed = self._loss_scale is not None and self._loss_scale.seen(finite=applied)
         if applied:
             for group in self._adam.param_groups:
                 group["lr"] = learning_rate
@@ -84,7 +95,7 @@ class Optimiser:
             self._skipped_in_a_row = 0
         else:
             self.skipped += 1
-            self._skipped_in_a_row += 1
+            self._skipped_in_a_row += not overflowed
         self._adam.zero_grad(set_to_none=True)
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(
@@ -107,7 +118,10 @@ class Optimiser:
         }
 
     def counters(self) -> dict[str, int]:
-        return {"skipped": self.skipped, "skipped_in_a_row": self._skipped_in_a_row}
+        counters = {"skipped": self.skipped, "skipped_in_a_row": self._skipped_in_a_row}
+        if self._loss_scale is not None:
+            counters |= {"loss_scale": self._loss_scale.scale, "loss_scale_good": self._loss_scale.good}
+        return counters
 
     def restore(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
         """Put back what `tensors` and `counters` gave."""
@@ -118,6 +132,8 @@ class Optimiser:
         if self._in_8_bits:
             self._complete()
         self.skipped, self._skipped_in_a_row = counters["skipped"], counters["skipped_in_a_row"]
+        if self._loss_scale is not None:
+            self._loss_scale.scale, self._loss_scale.good = counters["loss_scale"], counters["loss_scale_good"]
 
     def _kept(self, state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         """What a checkpoint holds of a parameter: numbers as tensors, but not the tables of what 8 bits mean."""
