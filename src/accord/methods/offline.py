@@ -123,7 +123,8 @@ class OfflineTrainer(Generic[Item]):
         rate = learning_rate_at(step, self.total_steps, self._section.learning_rate, self._section)
         update = self._optimiser.update(rate)
         if self._memory is not None:
-            self._memory.after_update(step)
+            with phase("optimiser"):
+                self._memory.after_update(step)
         metrics = self._objective.metrics(sums) | {
             "train/grad_norm": update.grad_norm,
             "train/learning_rate": rate,

@@ -9,6 +9,7 @@ that goes with it are two.
     vocabulary projection      a matrix (width, vocabulary), at the tokens that are scored alone
 
 Left out, each far below 1%: embeddings, norms, activations, softmax, biases, scalar heads, the optimiser's arithmetic.
+Left out as well: the first layers of ILQL's heads; their products with the vocabulary are counted.
 Sliding windows are counted as full attention. Of a mixture of experts only what stands in two-dimensional matrices is
 counted. Attention kernels that compute scores a second time in the backward pass do more than is counted. Torch-free.
 """
