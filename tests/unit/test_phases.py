@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from accord import phases
-from accord.phases import ITERATION, Clock, phase, projecting
+from accord.phases import EVALUATION, ITERATION, Clock, phase, projecting
 
 
 class Watch:
@@ -49,6 +49,20 @@ def test_a_second_counts_for_the_innermost_phase_and_for_other_where_there_is_no
     assert clock.iterations == [each, each]
     assert [sum(seconds.values()) for seconds in clock.outside] == [1, 0, 32]
     assert clock.outside[0]["data"] == 1
+
+
+def test_an_evaluation_is_one_phase_whatever_is_within() -> None:
+    """Its batches and its passes are no part of what an iteration does every time."""
+    watch = Watch()
+    clock = Clock(now=watch)
+    with clock.running(), phase(ITERATION):
+        with phase("data"):
+            watch.wait(1)
+        with phase(EVALUATION), phase("scoring"):
+            with phase("data"):
+                watch.wait(2)
+            watch.wait(4)
+    assert clock.iterations == [{"other": 0.0, "data": 1.0, "evaluation": 6.0}]
 
 
 def test_an_iteration_that_breaks_off_leaves_its_phases() -> None:

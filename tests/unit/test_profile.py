@@ -11,7 +11,7 @@ import pytest
 
 from accord.cli.main import main
 from accord.profiling import machine
-from accord.profiling.account import Measured, StageProfile, mean_of, reading, rows_of
+from accord.profiling.account import Measured, StageProfile, per_iteration, reading, rows_of
 from accord.profiling.observer import Work
 from accord.profiling.run import tell_idle_tokens
 
@@ -38,6 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCORD_CACHE", str(tmp_path / "cache"))
     for name, value in {"SQUARES": (64,), "SECONDS": 0.01, "MEMORY_BYTES": 1 << 16}.items():
         monkeypatch.setattr(machine, name, value)
     return tmp_path
@@ -60,6 +61,7 @@ def test_every_training_stage_is_measured_and_the_runs_own_folder_is_left_alone(
     assert list(stages) == ["sft", "dpo", "ppo"]
     assert [path.name for path in (folder / "runs").iterdir()] == ["tiny-profile"]
     assert [path.name for path in (folder / "runs/tiny-profile").iterdir()] == ["profile.json"]
+    assert not (folder / "cache").exists()
     for stage in stages.values():
         assert stage["iterations"] == 2
         assert sum(row["seconds"] for row in stage["rows"]) == pytest.approx(stage["seconds"], rel=1e-9)
@@ -141,8 +143,18 @@ def test_the_reading_accounts_for_every_second() -> None:
     assert sum(map(float, re.findall(r"(?:: |rest, |; )(\d+\.\d)%", text))) == 100
 
 
-def test_means_are_over_iterations_number_by_number() -> None:
-    assert mean_of([Measured(1, 2, 3, 4, 5, 6), Measured(3, 4, 5, 6, 7, 8)]) == Measured(2, 3, 4, 5, 6, 7)
+def test_means_leave_out_what_warms_up_and_spread_what_is_rare() -> None:
+    """A checkpoint that took 8 and 4 seconds, one in 3 iterations: 6 / 3 an iteration. A phase that is missing took 0."""
+    iterations = [
+        {"forward": Measured(100, 100), "checkpoint": Measured(8.0)},
+        {"forward": Measured(1, 2, 3, 4, 5, 6), "data": Measured(1.0)},
+        {"forward": Measured(3, 4, 5, 6, 7, 8), "checkpoint": Measured(4.0)},
+    ]
+    assert per_iteration(iterations, 1, {"checkpoint": 1 / 3, "evaluation": 1.0}) == {
+        "forward": Measured(2, 3, 4, 5, 6, 7),
+        "data": Measured(0.5),
+        "checkpoint": Measured(2.0),
+    }
 
 
 def test_tokens_that_nobody_wanted_are_padding() -> None:

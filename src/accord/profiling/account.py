@@ -8,7 +8,7 @@ from statistics import fmean
 
 from rich.table import Table
 
-__all__ = ["PHASES", "Measured", "Row", "StageProfile", "mean_of", "profile_table", "reading", "rows_of"]
+__all__ = ["PHASES", "Measured", "Row", "StageProfile", "per_iteration", "profile_table", "reading", "rows_of"]
 
 # In the order of an iteration. The update's three are also shown as one.
 PHASES = (
@@ -111,9 +111,29 @@ def rows_of(measured: Mapping[str, Measured], *, peak: float, moved: float) -> t
     return rows, update, row("total", list(measured.values()))
 
 
-def mean_of(measured: Sequence[Measured]) -> Measured:
-    """The mean of each number."""
-    return Measured(*(fmean(getattr(m, name) for m in measured) for name in Measured.__slots__))
+def per_iteration(
+    iterations: Sequence[Mapping[str, Measured]], warm_up: int, rare: Mapping[str, float]
+) -> dict[str, Measured]:
+    """What each phase takes in an iteration on average, those that warm up left out.
+
+    rare   phases that happen now and then only: their share of an iteration, of what they take when they happen, whenever
+           that was
+    """
+    names = {name for iteration in iterations for name in iteration}
+    nothing = Measured(0.0)
+    means = {
+        name: _scaled_mean([iteration.get(name, nothing) for iteration in iterations[warm_up:]], 1.0)
+        for name in names - rare.keys()
+    }
+    happened = {
+        name: [iteration[name] for iteration in iterations if name in iteration] for name in names & rare.keys()
+    }
+    return means | {name: _scaled_mean(times, rare[name]) for name, times in happened.items()}
+
+
+def _scaled_mean(measured: Sequence[Measured], factor: float) -> Measured:
+    """The mean of each number, times `factor`."""
+    return Measured(*(factor * fmean(getattr(m, name) for m in measured) for name in Measured.__slots__))
 
 
 def profile_table(profile: StageProfile) -> Table:

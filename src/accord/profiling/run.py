@@ -27,7 +27,7 @@ from accord.methods.corpus import Corpus, Part
 from accord.methods.named import check_names
 from accord.phases import EVALUATION
 from accord.pipeline import STAGES as RUN
-from accord.profiling.account import Measured, StageProfile, mean_of, profile_table, reading, rows_of
+from accord.profiling.account import Measured, StageProfile, per_iteration, profile_table, reading, rows_of
 from accord.profiling.machine import Machine, measure_machine
 from accord.profiling.observer import Observer, Work
 from accord.randomness import permutation
@@ -218,20 +218,12 @@ def _stage_profile(
     tell_idle_tokens(observer.iterations, logged)
     seconds, works = observer.clock.iterations, observer.iterations
     measured = [_measured(seconds[i], works[i] if i < len(works) else {}) for i in range(len(seconds))]
-    steady = measured[span.warm_up :]
-    rare = {CHECKPOINT: (span.section.checkpoint_every, 1.0)}
+    rare = {CHECKPOINT: 1 / span.section.checkpoint_every}
     if isinstance(span.section, OfflineFields):
-        rare[EVALUATION] = (span.section.eval_every, scale)
-    names = {name for iteration in measured for name in iteration}
-    nothing = Measured(0.0)
-    means = {
-        name: mean_of([iteration.get(name, nothing) for iteration in steady]) for name in names if name not in rare
-    }
-    for name, (every, larger) in rare.items():
-        times = [iteration[name] for iteration in measured if name in iteration]
-        if times:
-            means[name] = _times(mean_of(times), larger / every)
+        rare[EVALUATION] = scale / span.section.eval_every
+    means = per_iteration(measured, span.warm_up, rare)
     rows, update, total = rows_of(means, peak=machine.peak, moved=machine.moved)
+    steady = measured[span.warm_up :]
     usual = [sum(m.seconds for name, m in iteration.items() if name not in rare) for iteration in steady]
     seldom = sum(means[name].seconds for name in rare if name in means)
     once = {name: s * (scale if name in ("reference", "data") else 1) for name, s in observer.clock.outside[0].items()}
@@ -263,10 +255,6 @@ def _measured(seconds: Mapping[str, float], works: Mapping[str, Work]) -> dict[s
             seconds.get(name, 0.0), work.tokens, work.padding, work.useful, work.overhead, work.bytes
         )  # fmt: skip
     return made
-
-
-def _times(measured: Measured, factor: float) -> Measured:
-    return Measured(*(factor * getattr(measured, name) for name in Measured.__slots__))
 
 
 def tell_idle_tokens(works: Sequence[dict[str, Work]], logged: Sequence[Mapping[str, float]]) -> None:
