@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from accord.cli.main import main
+from accord.config import RLOOConfig, SFTConfig
 from accord.profiling import machine
 from accord.profiling.account import Measured, StageProfile, per_iteration, reading, rows_of
 from accord.profiling.observer import Work
-from accord.profiling.run import tell_idle_tokens
+from accord.profiling.run import rare_phases, tell_idle_tokens
 
 RECIPE = """\
 model: {scratch: {hidden_size: 16, layers: 1, heads: 2, vocab_size: 300}}
@@ -144,7 +145,7 @@ def test_the_reading_accounts_for_every_second() -> None:
 
 
 def test_means_leave_out_what_warms_up_and_spread_what_is_rare() -> None:
-    """A checkpoint that took 8 and 4 seconds, one in 3 iterations: 6 / 3 an iteration. A phase that is missing took 0."""
+    """A checkpoint that took 8 and 4 seconds, one in 3 iterations: 6 / 3 each. A phase that is missing took 0."""
     iterations = [
         {"forward": Measured(100, 100), "checkpoint": Measured(8.0)},
         {"forward": Measured(1, 2, 3, 4, 5, 6), "data": Measured(1.0)},
@@ -155,6 +156,12 @@ def test_means_leave_out_what_warms_up_and_spread_what_is_rare() -> None:
         "data": Measured(0.5),
         "checkpoint": Measured(2.0),
     }
+
+
+def test_what_is_rare_counts_by_how_often_the_recipe_has_it_and_an_evaluation_by_the_whole_of_the_data() -> None:
+    sft = SFTConfig.model_validate({"checkpoint_every": 20, "eval_every": 10})
+    assert rare_phases(sft, scale=3.0) == {"checkpoint": 1 / 20, "evaluation": 3 / 10}
+    assert rare_phases(RLOOConfig.model_validate({"checkpoint_every": 4}), scale=3.0) == {"checkpoint": 1 / 4}
 
 
 def test_tokens_that_nobody_wanted_are_padding() -> None:

@@ -151,7 +151,7 @@ def test_an_adapter_counts_where_it_is_on() -> None:
 
 
 def test_a_projection_that_is_done_again_is_overhead() -> None:
-    """7 rows in chunks of 2, room for 5, so for two chunks: the last 3 are projected twice, 3 * 2 * 4 * 10 operations."""
+    """7 rows in chunks of 2, room for 5, so for 2 chunks: the last 3 are projected twice, 3 * 2 * 4 * 10 operations."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(7, 4, requires_grad=True), torch.randn(10, 4, requires_grad=True)
     observer = Observer(warm_up=1)

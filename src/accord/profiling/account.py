@@ -116,8 +116,7 @@ def per_iteration(
 ) -> dict[str, Measured]:
     """What each phase takes in an iteration on average, those that warm up left out.
 
-    rare   phases that happen now and then only: their share of an iteration, of what they take when they happen, whenever
-           that was
+    rare   phases that happen now and then: what share of one that happened, whenever it did, belongs to an iteration
     """
     names = {name for iteration in iterations for name in iteration}
     nothing = Measured(0.0)
@@ -125,10 +124,9 @@ def per_iteration(
         name: _scaled_mean([iteration.get(name, nothing) for iteration in iterations[warm_up:]], 1.0)
         for name in names - rare.keys()
     }
-    happened = {
-        name: [iteration[name] for iteration in iterations if name in iteration] for name in names & rare.keys()
-    }
-    return means | {name: _scaled_mean(times, rare[name]) for name, times in happened.items()}
+    for name in names & rare.keys():
+        means[name] = _scaled_mean([iteration[name] for iteration in iterations if name in iteration], rare[name])
+    return means
 
 
 def _scaled_mean(measured: Sequence[Measured], factor: float) -> Measured:

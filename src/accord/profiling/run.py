@@ -34,7 +34,7 @@ from accord.randomness import permutation
 from accord.training.environment import environment
 from accord.training.runfolder import METRICS, read_summary
 
-__all__ = ["Profile", "profile_stages", "show", "tell_idle_tokens"]
+__all__ = ["Profile", "profile_stages", "rare_phases", "show", "tell_idle_tokens"]
 
 CHECKPOINT = "checkpoint"
 PROFILE = "profile.json"
@@ -218,9 +218,7 @@ def _stage_profile(
     tell_idle_tokens(observer.iterations, logged)
     seconds, works = observer.clock.iterations, observer.iterations
     measured = [_measured(seconds[i], works[i] if i < len(works) else {}) for i in range(len(seconds))]
-    rare = {CHECKPOINT: 1 / span.section.checkpoint_every}
-    if isinstance(span.section, OfflineFields):
-        rare[EVALUATION] = scale / span.section.eval_every
+    rare = rare_phases(span.section, scale)
     means = per_iteration(measured, span.warm_up, rare)
     rows, update, total = rows_of(means, peak=machine.peak, moved=machine.moved)
     steady = measured[span.warm_up :]
@@ -244,6 +242,13 @@ def _stage_profile(
         trained=observer.trained,
         notes=(*span.notes, *notes, *sampled),
     )
+
+
+def rare_phases(section: Any, scale: float) -> dict[str, float]:
+    """What share of a checkpoint and of an evaluation an iteration bears; one of all of the data takes `scale` times as
+    long as one of the sample."""
+    evaluation = {EVALUATION: scale / section.eval_every} if isinstance(section, OfflineFields) else {}
+    return {CHECKPOINT: 1 / section.checkpoint_every} | evaluation
 
 
 def _measured(seconds: Mapping[str, float], works: Mapping[str, Work]) -> dict[str, Measured]:
