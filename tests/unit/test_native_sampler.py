@@ -234,15 +234,24 @@ def test_sampled_pairs_follow_the_exact_joint_distribution() -> None:
     assert chi_square < 37.70
 
 
+def _shape(tokens: torch.Tensor) -> tuple[int, int]:
+    """(rows, columns) of token ids; the short step takes one token a row, without a column."""
+    return tokens.shape[0], tokens.numel() // tokens.shape[0]
+
+
 def test_prompts_run_once_and_finished_sequences_leave_the_batch(model: PreTrainedModel) -> None:
     """Rows and columns of every forward pass: 5 prompts once for 50 samples; then fewer and fewer rows of one token."""
     shapes: list[tuple[int, int]] = []
     projected: list[int] = []
     hooks = [
-        model.get_input_embeddings().register_forward_hook(lambda _m, args, _out: shapes.append(tuple(args[0].shape))),
-        model.get_output_embeddings().register_forward_hook(lambda _m, args, _out: projected.append(args[0].shape[1])),
+        model.get_input_embeddings().register_forward_hook(lambda _m, args, _out: shapes.append(_shape(args[0]))),
+        model.get_output_embeddings().register_forward_hook(
+            lambda _m, args, _out: projected.append(args[0].numel() // args[0].shape[-1] // args[0].shape[0])
+        ),
     ]
     groups = _sampler(model).generate(PROMPTS, 10, Sampling(10, stop_ids=tuple(range(8))), KEY)
+    assert shapes[1:3] == [(1, 1), (1, 1)]  # the short step, looked at once
+    del shapes[1:3]
     for hook in hooks:
         hook.remove()
     assert shapes[0] == (5, 8)
@@ -286,7 +295,7 @@ def test_samples_that_do_not_fit_together_are_split(model: PreTrainedModel) -> N
     hook = model.get_input_embeddings().register_forward_hook(lambda _m, args, _out: shapes.append(args[0].shape[0]))
     groups = _sampler(model, 3).generate(PROMPTS[:1], 7, Sampling(2), KEY)
     hook.remove()
-    assert shapes == [1, 3, 1, 3, 1, 1]
+    assert shapes == [1, 1, 1, 3, 1, 3, 1, 1]  # the short step is looked at once, on one row
     assert len(groups[0]) == 7
 
 

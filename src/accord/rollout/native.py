@@ -7,7 +7,9 @@ Legend: B sequences in the batch, P prompt tokens with left padding, C new token
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,9 +25,15 @@ from accord.errors import ConfigError, DataError, TrainingError
 from accord.models.precision import reading
 from accord.randomness import generator
 from accord.records import SampledCompletion
+from accord.rollout.llama_step import LlamaStep, llama_step
 from accord.rollout.sampling import Sampling, choose
 
 __all__ = ["NativeSampler", "PromptTokens", "Sampler"]
+
+
+# Largest difference of a logit that rounding explains, as a share of the largest logit. Models that compute in float64
+# have norms in float32 all the same.
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +84,8 @@ class NativeSampler:
         self._pad_id = pad_id
         self._max_batch_sequences = max_batch_sequences
         self._progress = progress
+        self._step: LlamaStep | None = llama_step(model)
+        self._step_checked = False
 
     def generate(
         self, prompts: Sequence[PromptTokens], n: int, sampling: Sampling, key: tuple[int | str, ...]
@@ -171,14 +181,31 @@ class NativeSampler:
                 _take_rows(cache, kept)
                 alive, tokens, mask, positions = alive[kept], tokens[kept], mask[kept], positions[kept]
                 finished = finished[kept]
-            logits = self._model(
-                input_ids=tokens[:, None],
-                attention_mask=mask[:, : num_prompt_columns + step + 1],
-                position_ids=positions + step,
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[:, -1]
+            logits = self._next_logits(tokens, mask[:, : num_prompt_columns + step + 1], positions + step, cache)
         return _completions(ids, logprobs, stop_ids)
+
+    def _next_logits(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+        """(B, V) after one more token of every sequence, by the shorter way where the model has one."""
+        if self._step is not None and not self._step_checked:
+            self._check_step(self._step, tokens[:1], mask[:1], positions[:1], cache)
+        if self._step is not None:
+            return self._step(tokens, mask, positions, cache)
+        return _own_logits(self._model, tokens, mask, positions, cache)
+
+    def _check_step(
+        self, step: LlamaStep, tokens: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache
+    ) -> None:
+        """Once, on the first sequence: does the short step say what the model itself does? If not, it is not used."""
+        self._step_checked = True
+        own = _own_logits(self._model, tokens, mask, positions, _first_row(cache))
+        difference = float((step(tokens, mask, positions, _first_row(cache)) - own).abs().max())
+        if math.isfinite(difference) and difference > _TOLERANCE[own.dtype] * float(own.abs().max()):
+            warnings.warn(
+                f"the short decoding step differs from {type(self._model).__name__}'s own by {difference:.2g} in a "
+                "logit; the model's own is used, which is slower",
+                stacklevel=2,
+            )
+            self._step = None
 
     def _prefill(
         self, prompts: Sequence[PromptTokens], rows: list[_Row], max_new_tokens: int
@@ -251,6 +278,19 @@ class _ReservedLayer(DynamicLayer):
         length = self.get_seq_length()
         self._buffers = [buffer.index_select(0, beam_idx) for buffer in self._buffers]
         self._show(length)
+
+
+def _own_logits(model: PreTrainedModel, tokens: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+    return model(
+        input_ids=tokens[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+    ).logits[:, -1]
+
+
+def _first_row(cache: DynamicCache) -> DynamicCache:
+    """A cache of the first sequence alone, with room for one token, that leaves the given one as it is."""
+    first = copy.copy(cache)
+    first.layers = [_ReservedLayer(layer.keys[:1], layer.values[:1], 1) for layer in cache.layers]
+    return first
 
 
 def _reserve(cache: DynamicCache, room: int) -> None:
