@@ -9,10 +9,11 @@
 
 The peer is TRL, for PPO an older one in an environment of its own (--ppo-python), and for sampling transformers'
 `generate`. Both sides start from the same weights, make the same updates of the same batches, in float32 with the same
-AdamW and threads, and have the same allocator settings, for those are anyone's. The first one or two updates of a run
-are not timed, of the others the mean counts; a ratio is of two runs side by side; of five turns the median, the lowest
-and the highest are given. Peak memory is what was resident at most, libraries included. `once` is what comes before the
-first update: reference log-probabilities, checks, and on TRL's side tokenising.
+AdamW and threads, and have the same allocator settings, for those are anyone's. The first update of a run is not timed,
+of the others the mean counts; where both sides sample, an update is a whole iteration, in PPO with 16 updates inside,
+and with 32k words the only one. A ratio is of two runs side by side; of five turns the median, the lowest and the
+highest are given. Peak memory is what was resident at most, libraries included. `once` is what comes before the first
+update: reference log-probabilities, checks, and on TRL's side tokenising.
 
 `same_learning`: the losses of all updates agree to 1e-4. Where both sides sample for themselves the losses say nothing.
 There a run apart, not timed, gives both the same completions, and after each update the mean log-probability of these

@@ -65,8 +65,8 @@ def _training(
     template = Template.of(tokenizer, "raw")
     settings: dict[str, Any] = {
         **OPTIMISER, "schedule": "constant", "max_new_tokens": work.answer, "prompts_per_step": work.batch,
-        "samples_per_prompt": work.answers, "episodes": work.calls(apart) * work.batch * work.answers, "kl_coef": KL_COEF,
-        "missing_eos_penalty": 0.0,
+        "samples_per_prompt": work.answers, "episodes": work.calls(apart) * work.batch * work.answers,
+        "kl_coef": KL_COEF, "missing_eos_penalty": 0.0,
         # The sampler's are not those of the answers that it is given.
         "old_logprobs": "recompute" if apart else "sampler",
     }  # fmt: skip

@@ -30,11 +30,12 @@ def run(work: Work, folder: Path, apart: bool) -> Timing:
     with tempfile.TemporaryDirectory() as out:
         shared: dict[str, Any] = {
             **OPTIMISER, "output_dir": out, "per_device_train_batch_size": at_once,
-            "gradient_accumulation_steps": rows // at_once, "max_steps": work.calls(apart), "num_generations": work.answers,
-            "max_completion_length": work.answer, "lr_scheduler_type": "constant", "warmup_steps": 0,
-            "optim": "adamw_torch_fused", "bf16": False, "gradient_checkpointing": False, "use_cpu": True,
-            "logging_steps": 1, "save_strategy": "no", "report_to": "none", "shuffle_dataset": False, "beta": KL_COEF,
-            "disable_tqdm": True, "dataloader_pin_memory": False, "model_init_kwargs": {"dtype": "float32"},
+            "gradient_accumulation_steps": rows // at_once, "max_steps": work.calls(apart),
+            "num_generations": work.answers, "max_completion_length": work.answer, "beta": KL_COEF,
+            "lr_scheduler_type": "constant", "warmup_steps": 0, "optim": "adamw_torch_fused", "bf16": False,
+            "gradient_checkpointing": False, "use_cpu": True, "logging_steps": 1, "save_strategy": "no",
+            "report_to": "none", "shuffle_dataset": False, "disable_tqdm": True, "dataloader_pin_memory": False,
+            "model_init_kwargs": {"dtype": "float32"},
         }  # fmt: skip
         data = Dataset.from_list([{"prompt": words(group.prompt_ids)} for group in groups])
         trainer = _trainer(work, str(folder / "policy"), tokenizer, data, shared, clock)

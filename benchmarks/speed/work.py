@@ -71,8 +71,8 @@ class Work:
     answers: int = 1
     model: str = "5M"
     vocabulary: int = 4096
-    updates: int = 6
-    warm_up: int = 2
+    updates: int = 5
+    warm_up: int = 1
     peer_rows: int | None = None
     peer_grouped: bool = False
 
@@ -112,28 +112,28 @@ class Work:
 
 WORKS: dict[str, Work] = {
     "sft-fixed": Work("sft", 16, 1, 255),
-    "sft-fixed-15m": Work("sft", 16, 1, 255, model="15M"),
+    "sft-fixed-15m": Work("sft", 8, 1, 255, model="15M"),
     "sft-fixed-32k": Work("sft", 8, 1, 255, vocabulary=32000),
-    "sft-mixed": Work("sft", 16, None, None, updates=8, peer_rows=4),
-    "sft-mixed-grouped": Work("sft", 16, None, None, updates=8, peer_grouped=True),
+    "sft-mixed": Work("sft", 16, None, None, updates=7, peer_rows=4),
+    "sft-mixed-grouped": Work("sft", 16, None, None, updates=7, peer_grouped=True),
     "reward-long": Work("reward", 16, 192, 32, 2),
     "reward-ranked": Work("reward", 4, 192, 32, 6),
     "dpo-long": Work("dpo", 16, 192, 32, 2),
-    "dpo-long-15m": Work("dpo", 16, 192, 32, 2, model="15M", updates=5, warm_up=1),
+    "dpo-long-15m": Work("dpo", 8, 192, 32, 2, model="15M"),
     "dpo-short": Work("dpo", 16, 32, 96, 2),
-    "dpo-long-32k": Work("dpo", 8, 192, 32, 2, vocabulary=32000, updates=5, warm_up=1),
+    "dpo-long-32k": Work("dpo", 8, 192, 32, 2, vocabulary=32000),
     "orpo-short": Work("orpo", 16, 32, 96, 2),
     "kto-short": Work("kto", 16, 32, 96),
-    "grpo-short": Work("grpo", 8, 32, 48, 8, updates=5, warm_up=1, peer_rows=16),
-    "grpo-long": Work("grpo", 8, 192, 48, 8, updates=5, warm_up=1, peer_rows=16),
-    "rloo-short": Work("rloo", 8, 32, 48, 8, updates=5, warm_up=1, peer_rows=16),
-    "rloo-long": Work("rloo", 8, 192, 48, 8, updates=5, warm_up=1, peer_rows=16),
+    "grpo-short": Work("grpo", 4, 32, 48, 8, peer_rows=16),
+    "grpo-long": Work("grpo", 4, 192, 48, 8, peer_rows=16),
+    "rloo-short": Work("rloo", 4, 32, 48, 8, peer_rows=16),
+    "rloo-long": Work("rloo", 4, 192, 48, 8, peer_rows=16),
     # An iteration is 16 updates.
-    "ppo": Work("ppo", 64, 32, 48, updates=3, warm_up=1),
-    "ppo-32k": Work("ppo", 64, 32, 48, vocabulary=32000, updates=2, warm_up=1),
-    "sampling-1": Work("sampling", 1, 64, 64),
-    "sampling-16": Work("sampling", 16, 64, 64),
-    "sampling-64": Work("sampling", 64, 64, 64),
+    "ppo": Work("ppo", 64, 32, 48, updates=2),
+    "ppo-32k": Work("ppo", 64, 32, 48, vocabulary=32000, updates=1, warm_up=0),
+    "sampling-1": Work("sampling", 1, 64, 64, updates=7),
+    "sampling-16": Work("sampling", 16, 64, 64, updates=7),
+    "sampling-64": Work("sampling", 64, 64, 64, updates=7),
 }
 
 
