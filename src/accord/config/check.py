@@ -80,6 +80,13 @@ def _model(model: ModelConfig) -> list[str]:
         problems.append(
             f"`model.quantise` = {model.quantise} needs `model.adapter`: weights in 4 bits cannot be trained"
         )
+    if model.compile:
+        others = {"quantise": model.quantise is not None, "activation_checkpointing": model.activation_checkpointing}
+        problems += [
+            f"`model.compile` and `model.{key}` are both set, and such passes cannot be compiled: choose one"
+            for key, chosen in others.items()
+            if chosen
+        ]
     if model.adapter is not None and model.adapter.targets:
         problems += [
             f"`model.adapter.ranks` names {ending}, which is no layer that `model.adapter.targets` = "

@@ -98,6 +98,11 @@ class ModelConfig(Section):
         description="Reference and reward models wait on the CPU and are on the GPU only while they are asked: less "
         "memory there, and a copy each step.",
     )
+    compile: bool = Field(
+        False,
+        description="Compile the trunk for the passes that train it, with `torch.compile`: minutes at the start, then "
+        "faster passes where there are many.",
+    )
     adapter: AdapterConfig | None = Field(None, description="Train low-rank adapters. Unset: all weights.")
     quantise: Literal["nf4"] | None = Field(
         None,

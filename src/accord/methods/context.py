@@ -27,6 +27,7 @@ from accord.methods.catalogue import STAGES
 from accord.methods.corpus import Corpus, Part
 from accord.models.adapters import add_adapter, fold_adapter, has_adapter, save_adapter
 from accord.models.blocks import train_top_blocks
+from accord.models.compiled import compile_seconds, compile_trunk
 from accord.models.device import choose_device
 from accord.models.layout import Layout, layout_cost
 from accord.models.load import ModelShape, build_model, load_policy, save_model
@@ -145,7 +146,7 @@ class LoadedPolicy:
 
 def adapt(context: Context, model: Any, *key: str) -> None:
     """Make a model ready to be trained as the recipe asks for: with an adapter, whose randomness's key is `key`, or
-    with all but its top blocks frozen, or whole; and keeping its activations, or not."""
+    with all but its top blocks frozen, or whole; keeping its activations, or not; and compiled, or not."""
     adapter, blocks = context.recipe.model.adapter, context.recipe.model.trainable_blocks
     if context.recipe.model.activation_checkpointing:
         recompute_activations(model)
@@ -162,6 +163,8 @@ def adapt(context: Context, model: Any, *key: str) -> None:
             kind=adapter.kind,
             ranks=adapter.ranks,
         )
+    if context.recipe.model.compile:
+        compile_trunk(model)
 
 
 def save_trained(
@@ -208,8 +211,11 @@ def run_stage(
         else:
             for note in run.notes:
                 context.say(note)
+            compiled = compile_seconds()
             with precision(context.recipe.model.precision):
                 summary = _with_guards(folder, {"stage": stage, **body(run)})
+            if compile_seconds() > compiled:
+                context.say(f"of the time, compiling took {compile_seconds() - compiled:.0f} s")
             summary["seconds"] = time.monotonic() - started
             summary["peak_memory_mb"] = peak_memory_mb()
             if (folder / "model").is_dir():
@@ -245,7 +251,9 @@ def _model_settings(context: Context, stage: str) -> dict[str, Any]:
     trains = stage in STAGES and STAGES[stage].trained > 0
     unread = {"device", "offload", "activation_checkpointing"}
     if not trains:
-        unread |= {"adapter", "trainable_blocks", "quantise"}
+        unread |= {"adapter", "trainable_blocks", "quantise", "compile"}
+    if not context.recipe.model.compile:
+        unread |= {"compile"}
     if context.recipe.model.precision == "float32":  # so runs from before there was a choice continue
         unread |= {"precision"}
     return context.recipe.model.model_dump(mode="json", exclude=unread)

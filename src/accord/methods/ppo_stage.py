@@ -15,6 +15,7 @@ from accord.methods.plan import imitated
 from accord.methods.ppo import PPOTrainer
 from accord.methods.ptx import Imitation
 from accord.methods.reward_models import value_model_beside
+from accord.models.compiled import compile_trunk
 from accord.models.load import fresh_value_model, load_reward_model, value_head
 from accord.models.recompute import recompute_activations
 
@@ -31,6 +32,8 @@ def run_ppo(context: Context) -> dict[str, Any]:
         value = _value_model(context, section, cast).to(context.device)
         if context.recipe.model.activation_checkpointing and section.value_trunk != "policy":
             recompute_activations(value)
+        if context.recipe.model.compile and section.value_trunk != "policy":
+            compile_trunk(value)
         imitation = _imitation(context, section, cast)
         return PPOTrainer(cast.models, value, cast.prompts, section, context.seed, imitation)
 

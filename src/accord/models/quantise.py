@@ -4,8 +4,8 @@
 
 `code` is NF4: 16 quantiles of the normal distribution between -1 and 1, with 0 among them. The blocks' scales are kept
 in 8 bits, 256 of them under a scale of their own ("double quantisation"): 4 + 8/64 + 32/(64 * 256) = 4.127 bits a
-weight. Weights are made whole again, in the model's own number format, in the layer that runs; embeddings, norms,
-biases, output embedding and heads stay as they are. The arithmetic is `bitsandbytes`'.
+weight. Weights are made whole again, in the format that the model is read in, in the layer that runs; embeddings,
+norms, biases, output embedding and heads stay as they are. The arithmetic is `bitsandbytes`'.
 
 Source: Dettmers et al. 2023, arXiv:2305.14314.
 """
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from accord.errors import ConfigError
 from accord.models.extras import require_bitsandbytes
+from accord.models.precision import reading_dtype
 
 __all__ = ["dequantise", "is_quantised", "plain_layer", "quantise", "quantised_weight"]
 
@@ -77,9 +78,8 @@ def plain_layer(layer: Any, weight: Tensor) -> nn.Linear:
 def _quantised(layer: nn.Linear) -> nn.Module:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    result: Any = Linear4bit(
-        layer.in_features, layer.out_features, bias=False, compute_dtype=layer.weight.dtype, device="meta"
-    )
+    dtype = reading_dtype() or layer.weight.dtype
+    result: Any = Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, device="meta")
     weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
     result.weight = weight.to(layer.weight.device)
     result.bias = layer.bias

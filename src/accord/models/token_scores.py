@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from accord.errors import ConfigError
+from accord.models.compiled import trunk_of
 from accord.models.heads import scalar_head, score_head
 from accord.models.layout import CompletionBatch
 from accord.models.precision import lowered, reading
@@ -196,7 +197,7 @@ def hidden_states(model: Any, batch: CompletionBatch) -> Tensor:
             "use another architecture (llama, qwen, mistral, gemma, phi, olmo, gpt2, ...)"
         )
     with reading(batch.input_ids.device), recomputing(model.base_model):
-        return model.base_model(input_ids=batch.input_ids, use_cache=False, **inputs).last_hidden_state
+        return trunk_of(model)(input_ids=batch.input_ids, use_cache=False, **inputs).last_hidden_state
 
 
 def _as_model_mask(model: Any, mask: Tensor) -> Tensor:

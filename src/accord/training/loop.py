@@ -20,6 +20,7 @@ from torch import Tensor
 from accord import metrics
 from accord.config import GuardsConfig
 from accord.errors import GuardAlert, Terminated
+from accord.models.compiled import compile_seconds
 from accord.phases import ITERATION, phase
 from accord.training.checkpoint import Snapshot, load_before, load_latest, save_checkpoint
 from accord.training.progress import StageProgress
@@ -108,12 +109,14 @@ def run_training(trainer: Trainer, run: RunFolder, console: Console, guards: Gua
         while done < trainer.total_steps and early is None and watch.pausing is None:
             with phase(ITERATION):
                 step = done + 1
-                started, cpu_started = time.monotonic(), time.process_time()
+                started, cpu_started, compiled = time.monotonic(), time.process_time(), compile_seconds()
                 outcome = trainer.step(step)
                 clocks = {
                     "time/step_seconds": time.monotonic() - started,
                     "time/step_cpu_seconds": time.process_time() - cpu_started,
                 }
+                if compile_seconds() > compiled:
+                    clocks["time/compile_seconds"] = compile_seconds() - compiled
                 with phase("logging"):
                     watch.observe(step, _record(run, step, outcome, clocks))
                 if watch.stopping is not None:
