@@ -32,7 +32,7 @@ from accord.profiling.run import profile_stages, show
 from accord.records import Completion, Group, Message, TokenGroup
 from accord.training.allocator import keep_freed_memory
 from accord.training.environment import environment
-from benchmarks.speed.work import END, UPDATES, Work, groups_of, prepare
+from benchmarks.speed.work import END, Work, groups_of, prepare
 
 WORKS = ("sft", "dpo", "ppo")
 MODELS = ("5M", "15M")
@@ -102,13 +102,12 @@ def recipe_of(work: str, folder: Path, threads: int | None) -> Recipe:
 
 def corpus_of(work: str) -> Corpus:
     """Words by Zipf's law, as `benchmarks.speed` has them; lengths are in tokens, an answer's end included."""
-    size = GROUPS // UPDATES
     wanted = {
-        "sft": Work("sft", size, None, None),
-        "dpo": Work("dpo", size, 192, 32, 2),
-        "ppo": Work("dpo", size, 32, 2, 2),
+        "sft": Work("sft", GROUPS, None, None, updates=1),
+        "dpo": Work("dpo", GROUPS, 192, 32, 2, updates=1),
+        "ppo": Work("dpo", GROUPS, 32, 2, 2, updates=1),
     }
-    groups = [group for step in groups_of(wanted[work]) for group in step]
+    (groups,) = groups_of(wanted[work])
     if work == "sft":
         return Corpus(sft=Part.of([_group(group, ({},)) for group in groups], "words"))
     if work == "dpo":
