@@ -12,15 +12,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ContextDecorator, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
-__all__ = ["EVALUATION", "ITERATION", "OTHER", "Clock", "PhaseSeconds", "phase", "projecting"]
+__all__ = ["EVALUATION", "ITERATION", "OTHER", "Clock", "PhaseSeconds", "Watcher", "phase", "projecting", "stepping"]
 
 EVALUATION = "evaluation"  # of the model on held-out data: all of it, whatever phases are within
 ITERATION = "iteration"  # the phase that is one step of training and all that belongs to it
 OTHER = "other"  # what no phase claims
 
 PhaseSeconds = dict[str, float]
+
+
+class Watcher(Protocol):
+    """What `projecting` and `stepping` say is passed on to it."""
+
+    def projecting(self, states: Any, embedding: Any, again: int) -> None: ...
+
+    def stepping(self, trunk: Any, mask: Any) -> None: ...
 
 
 class Clock:
@@ -31,19 +39,19 @@ class Clock:
 
     Args:
         settle: called wherever a phase begins or ends, so that work that was only queued is finished (a GPU's).
-        projecting: called as `projecting` below is, for each projection onto a vocabulary.
+        watcher: told of products that no module's call shows.
     """
 
     def __init__(
         self,
         *,
         settle: Callable[[], None] | None = None,
-        projecting: Callable[[Any, Any, int], None] | None = None,
+        watcher: Watcher | None = None,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.iterations: list[PhaseSeconds] = []
         self.outside: list[PhaseSeconds] = [{}]
-        self.projecting = projecting
+        self.watcher = watcher
         self._settle, self._now = settle, now
         self._names: list[str] = []
         self._current = self.outside[0]
@@ -130,7 +138,14 @@ class phase(ContextDecorator):
 
 
 def projecting(states: Any, embedding: Any, again: int) -> None:
-    """Say that hidden states (N, H) are about to be projected onto the rows of an output embedding (V, H), which no
-    module's call shows; a backward pass, if there is one, does it `again` for so many of them."""
-    if _clock is not None and _clock.projecting is not None:
-        _clock.projecting(states, embedding, again)
+    """Say that hidden states (N, H) are about to be projected onto the rows of an output embedding (V, H); a backward
+    pass, if there is one, does it `again` for so many of them."""
+    if _clock is not None and _clock.watcher is not None:
+        _clock.watcher.projecting(states, embedding, again)
+
+
+def stepping(trunk: Any, mask: Any) -> None:
+    """Say that a trunk is about to run one more token of each sequence, by its parts; `mask` (B, S) is True where one
+    of the S tokens, the new one included, is seen."""
+    if _clock is not None and _clock.watcher is not None:
+        _clock.watcher.stepping(trunk, mask)

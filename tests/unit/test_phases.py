@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from accord import phases
-from accord.phases import EVALUATION, ITERATION, Clock, phase, projecting
+from accord.phases import EVALUATION, ITERATION, Clock, phase, projecting, stepping
 
 
 class Watch:
@@ -108,14 +108,24 @@ def test_queued_work_is_settled_before_the_time_is_read() -> None:
     assert clock.iterations[0] == {"other": 1.0, "forward": 7.0}
 
 
-def test_without_a_clock_phases_and_projections_do_nothing() -> None:
+def test_without_a_clock_nothing_is_told() -> None:
     assert phases._clock is None
+    seen: list[tuple[str, ...]] = []
+
+    class Seen:
+        def projecting(self, *told: Any) -> None:
+            seen.append(("projecting", *told))
+
+        def stepping(self, *told: Any) -> None:
+            seen.append(("stepping", *told))
+
     with phase("forward"):
-        projecting(SimpleNamespace(), SimpleNamespace(), 0)
-    seen = []
-    with Clock(projecting=lambda *told: seen.append(told)).running():
+        projecting("earlier", "embedding", 0)
+        stepping("trunk", "mask")
+    with Clock(watcher=Seen()).running():
         projecting("states", "embedding", 3)
+        stepping("trunk", "mask")
         with pytest.raises(RuntimeError, match="another clock"), Clock().running():
             pass
     projecting("later", "embedding", 0)
-    assert seen == [("states", "embedding", 3)]
+    assert seen == [("projecting", "states", "embedding", 3), ("stepping", "trunk", "mask")]

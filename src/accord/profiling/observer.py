@@ -1,7 +1,8 @@
 """Watches a stage while it trains: seconds of each phase, and what each computed, from the passes of the models.
 
 Passes are seen where they go into a model: hooks on trunks and on output embeddings, which are found while a stage
-warms up, and `accord.phases.projecting`, for the projection that no module makes. Counting stops the clock.
+warms up; and what is said by `accord.phases.projecting` and `stepping`, where no module is called. Counting stops the
+clock.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Observer:
 
     def __post_init__(self) -> None:
         settle = torch.cuda.synchronize if torch.cuda.is_available() else None
-        self.clock = Clock(settle=settle, projecting=self._projecting)
+        self.clock = Clock(settle=settle, watcher=self)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -123,22 +124,30 @@ class Observer:
             ids = inputs.get("input_ids", args[0] if args else None)
             if ids is None:
                 return
-            adapted = not _adapters_off(module)
-            if (id(module), adapted) not in self._trunks:
-                self._trunks[id(module), adapted] = trunk_of(module, adapted=adapted)
-            trunk = self._trunks[id(module), adapted]
             cache = inputs.get("past_key_values")
-            seen = _pass_size(ids, inputs.get("attention_mask"), module.config, cache)
-            self._note(trunk, seen.tokens_run, module)
-            useful = trunk_flops(seen.tokens, seen.pairs, trunk)
-            run = trunk_flops(seen.tokens_run, seen.pairs_run, trunk)
-            work = self._add(useful, run, again=_checkpointed(module))
-            work.tokens += seen.tokens
-            work.padding += seen.tokens_run - seen.tokens
-            self._decoding = seen.behind_cache
-            if seen.behind_cache:
-                work.decoded += seen.tokens
-                work.decoded_flops += useful.forward
+            self._passed(module, _pass_size(ids, inputs.get("attention_mask"), module.config, cache))
+
+    def stepping(self, trunk: Any, mask: Tensor) -> None:
+        """Said by a sampler that runs a trunk's parts by itself."""
+        with self.clock.stopped():
+            rows, keys = mask.shape
+            self._passed(trunk, _Size(rows, rows, float(mask.sum()), float(rows * keys), behind_cache=True))
+
+    def _passed(self, module: Any, seen: _Size) -> None:
+        adapted = not _adapters_off(module)
+        if (id(module), adapted) not in self._trunks:
+            self._trunks[id(module), adapted] = trunk_of(module, adapted=adapted)
+        trunk = self._trunks[id(module), adapted]
+        self._note(trunk, seen.tokens_run, module)
+        useful = trunk_flops(seen.tokens, seen.pairs, trunk)
+        run = trunk_flops(seen.tokens_run, seen.pairs_run, trunk)
+        work = self._add(useful, run, again=_checkpointed(module))
+        work.tokens += seen.tokens
+        work.padding += seen.tokens_run - seen.tokens
+        self._decoding = seen.behind_cache
+        if seen.behind_cache:
+            work.decoded += seen.tokens
+            work.decoded_flops += useful.forward
 
     def _head(self, module: Any, args: tuple[Any, ...]) -> None:
         """An output embedding called as a module: the sampler's."""
@@ -150,7 +159,7 @@ class Observer:
             if self._decoding:
                 work.decoded_flops += flops.forward
 
-    def _projecting(self, states: Tensor, embedding: Tensor, again: int) -> None:
+    def projecting(self, states: Tensor, embedding: Tensor, again: int) -> None:
         with self.clock.stopped():
             (outputs, inputs), tokens = embedding.shape, states.shape[0]
             self.shapes[inputs, outputs] = max(tokens, self.shapes.get((inputs, outputs), 0))

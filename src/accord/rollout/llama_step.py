@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM
 
+from accord.phases import stepping
+
 __all__ = ["LlamaStep", "llama_step"]
 
 # Models whose blocks are these equations and nothing else; a subclass may be something else.
@@ -44,6 +46,7 @@ class LlamaStep:
             cache: transformers' cache, whose layers hold S - 1 tokens.
         """
         trunk = self._model.base_model
+        stepping(trunk, mask)
         x = trunk.embed_tokens(tokens)
         cos, sin = trunk.rotary_emb(x[:, None], position_ids=positions)  # (B, 1, D)
         half = sin.shape[-1] // 2
