@@ -1,0 +1,37 @@
+"""The curves of cost: their arithmetic, and that the quick form measures, writes and draws."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.scaling_cost import CURVES, _measure, exponent, main, steep
+
+
+def test_the_exponent_of_a_power_is_its_power() -> None:
+    values = [1.0, 2.0, 8.0, 32.0]
+    for power in (0.0, 1.0, 1.5, 2.0):
+        assert exponent(values, [3.0 * v**power for v in values]) == pytest.approx(power)
+    assert exponent(values, [0.0, 0.0, 0.0, 0.0]) == pytest.approx(0.0)
+
+
+def test_steps_that_are_steeper_than_linear_are_found() -> None:
+    """Linear up to 4, quadratic from there on."""
+    assert steep([1.0, 2.0, 4.0, 8.0], [1.0, 2.0, 4.0, 16.0]) == [(4.0, 8.0, pytest.approx(2.0))]
+
+
+@pytest.mark.parametrize("name", ["sequence", "completions-shared", "model"])
+def test_an_update_is_measured(name: str) -> None:
+    point = _measure(name, CURVES[name].quick[0], quick=True)
+    assert point.seconds > 0 and point.megabytes >= 0 and point.curve == name
+
+
+def test_the_quick_form_measures_each_point_apart_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, figure = tmp_path / "cost.json", tmp_path / "cost.svg"
+    assert main(["--quick", "--curves", "check", "--out", str(out), "--figure", str(figure)]) == 0
+    rows = json.loads(out.read_text())
+    assert [(row["curve"], row["value"]) for row in rows] == [("check", n) for n in CURVES["check"].quick]
+    assert all(row["seconds"] > 0 for row in rows) and "check: time grows as n^" in capsys.readouterr().out
+    assert figure.read_text().startswith("<svg")
