@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from accord.cli.screen import screen
+from accord.cli.screen import screen, watched
 from accord.cli.stages import add_recipe_parser
 from accord.config import load_recipe
 
@@ -45,7 +45,7 @@ def _run(args: argparse.Namespace) -> int:
     from accord.methods.plan import plan_table
 
     recipe = load_recipe(args.recipe, args.overrides, defaults={"loop": {}})
-    console, corpus = screen(), read_corpus(recipe.data)
+    console, corpus = screen(), read_corpus(recipe.data, watched)
     check_loop(recipe, corpus)
     if args.dry_run:
         resolved = recipe.model_dump(mode="json", exclude_none=True)

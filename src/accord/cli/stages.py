@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from accord.cli.screen import screen
+from accord.cli.screen import screen, watched
 from accord.config import Recipe, load_recipe
 from accord.errors import ConfigError
 from accord.methods.catalogue import STAGES
@@ -72,7 +72,7 @@ def _run(recipe: Recipe, stages: list[str], args: argparse.Namespace) -> int:
     from accord.methods.corpus import read_corpus
 
     console = screen()
-    corpus = read_corpus(recipe.data)
+    corpus = read_corpus(recipe.data, watched)
     if args.dry_run:
         from accord.methods.named import check_names
         from accord.methods.plan import plan_table

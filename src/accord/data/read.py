@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import chain, islice
 from pathlib import Path
+from typing import TypeAlias
 
 from accord.data.containers import Container, RawRow, open_container, parts_of
 from accord.data.fields import Row
@@ -22,13 +23,16 @@ from accord.data.shelf import shelved
 from accord.errors import DataError
 from accord.records import Group
 
-__all__ = ["MAX_PROBLEMS", "ReadResult", "Scan", "left_out_notes", "read_groups", "read_row", "scan"]
+__all__ = ["MAX_PROBLEMS", "ReadResult", "Scan", "Watch", "left_out_notes", "read_groups", "read_row", "scan"]
 
 MAX_PROBLEMS = 100  # how many problems are kept; all are counted
 MAX_NOTES = 1000  # names of columns that are kept: a file may have other ones in every row
 SHOWN_PROBLEMS = 10
 SHOWN_COLUMNS = 8
 DETECT_ROWS = 32
+
+
+Watch: TypeAlias = "Callable[[Scan], Iterator[Group]]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,12 @@ class ReadResult:
 
 
 def read_groups(
-    path: str | Path, *, format: str | None = None, fields: Mapping[str, str] | None = None, lenient: bool = False
+    path: str | Path,
+    *,
+    format: str | None = None,
+    fields: Mapping[str, str] | None = None,
+    lenient: bool = False,
+    watch: Watch = iter,
 ) -> ReadResult:
     """All groups of a file or a folder of parts.
 
@@ -59,10 +68,11 @@ def read_groups(
         format: a format's name, instead of detecting it.
         fields: target field -> dotted path in the row, for columns with names of their own (`--map field=path`).
         lenient: keep the good rows and count the bad ones, instead of refusing the file.
+        watch: what the groups go through on their way, to show how far they are.
     Raises: DataError when the file cannot be read, when no row is usable, or (unless lenient) when any row is not.
     """
     scanned = scan(path, format=format, fields=fields)
-    groups = shelved(scanned)
+    groups = shelved(watch(scanned))
     if scanned.problem_count and (not lenient or not groups):
         raise DataError(scanned.refusal(keep_good="--set data.lenient=true"))
     fingerprint = _fingerprint(scanned.parts)

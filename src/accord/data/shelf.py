@@ -29,7 +29,7 @@ __all__ = ["Lazy", "group_bytes", "in_memory", "joined", "kept", "mapped", "numb
 S = TypeVar("S")
 T = TypeVar("T")
 
-MEMORY_BYTES = 1 << 30  # about what groups take as Python's objects before they go to a file
+MEMORY_BYTES = 512 << 20  # about what groups take as Python's objects before they go to a file
 GROUP_BYTES, COMPLETION_BYTES = 600, 350  # of which this is not text
 READ_AT_ONCE = 64
 _ORIGIN = struct.Struct("<iq")

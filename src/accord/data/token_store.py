@@ -40,8 +40,6 @@ __all__ = ["StoredTokens", "store_tokens"]
 FORMAT = 1
 SHARD_CHARACTERS = 32 << 20  # about as many bytes of tokens, and a minute of work
 
-Tokenise = Callable[[Sequence[Group]], Tokenised]
-
 
 @dataclass(frozen=True, slots=True)
 class StoredTokens:
@@ -54,8 +52,12 @@ class StoredTokens:
     first_dropped: str
 
 
-def store_tokens(groups: Sequence[Group], template: Template, folder: Path, **limits: Any) -> StoredTokens:
+def store_tokens(
+    groups: Sequence[Group], template: Template, folder: Path, progress: Callable[[int], object] = int, **limits: Any
+) -> StoredTokens:
     """What `tokenise_groups` makes of the groups, from `folder` as far as it is there, and there afterwards.
+
+    `progress` is told how many groups are done.
 
     Raises: DataError as `tokenise_groups`, AccordError when the folder cannot be written.
     """
@@ -78,6 +80,7 @@ def store_tokens(groups: Sequence[Group], template: Template, folder: Path, **li
         shards.append(shard)
         sources.append(shard.sources + first)
         first += len(stretch)
+        progress(first)
     cuts = Counter[str]()
     for shard in shards:
         cuts.update(dict(shard.cuts))

@@ -43,6 +43,7 @@ from accord.records import Group, Interval, TokenGroup
 from accord.report.stage import stage_report
 from accord.rewards.scorers import RewardFunction
 from accord.training.environment import peak_memory_mb
+from accord.training.progress import StageProgress
 from accord.training.runfolder import RunFolder, read_summary
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
 EMBEDDED = "quickstart"
 SHARING_PAYS = 0.85  # the shared layout is used when it runs at most this share of the plain layout's tokens
 GROUPS_CHECKED = 3
+HUNDREDTHS = 100  # steps of the bar while tokens are made
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,7 +378,13 @@ def _all_tokens(
     if not in_memory(groups):
         folder = cache_folder("tokens")
         context.say(f"{len(groups):,} {what} are read from disk, their tokens from {folder}")
-        return store_tokens(groups, template, folder, **limits)
+        with StageProgress(context.console, "tokens", HUNDREDTHS) as bar:
+
+            def progress(done: int) -> None:
+                while bar.done * len(groups) < HUNDREDTHS * done:
+                    bar.advance()
+
+            return store_tokens(groups, template, folder, progress, **limits)
     result = tokenise_groups(groups, template, **limits)
     pairs = [(groups[source], tokens) for source, tokens in zip(result.sources, result.groups, strict=True)]
     return StoredTokens(pairs, result.cuts, len(result.dropped), str(result.dropped[0]) if result.dropped else "")

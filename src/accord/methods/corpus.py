@@ -11,7 +11,7 @@ import numpy as np
 
 from accord.config import DataConfig, Source
 from accord.data.convert import as_kind, convert_groups
-from accord.data.read import read_groups
+from accord.data.read import Watch, read_groups
 from accord.data.shelf import selected, shelved
 from accord.errors import DataError
 from accord.records import Group, GroupKind, content_id
@@ -141,14 +141,14 @@ class Corpus:
         return _distinct(_converted(self.evaluation, "prompts")) if self.evaluation.groups else None
 
 
-def read_corpus(data: DataConfig) -> Corpus:
-    """Read every source. Raises DataError naming `file:line` of what cannot be used."""
+def read_corpus(data: DataConfig, watch: Watch = iter) -> Corpus:
+    """Read every source; `watch` shows how far it is. Raises DataError naming `file:line` of what cannot be used."""
     return Corpus(
-        sft=_read(data.sft, data.lenient),
-        preferences=_read(data.preferences, data.lenient),
-        prompts=_read(data.prompts, data.lenient),
-        ptx=_read(data.ptx, data.lenient),
-        evaluation=_read(data.evaluation, data.lenient),
+        sft=_read(data.sft, data.lenient, watch),
+        preferences=_read(data.preferences, data.lenient, watch),
+        prompts=_read(data.prompts, data.lenient, watch),
+        ptx=_read(data.ptx, data.lenient, watch),
+        evaluation=_read(data.evaluation, data.lenient, watch),
     )
 
 
@@ -159,12 +159,12 @@ def split_holdout(groups: Sequence[Group], share: float) -> tuple[Sequence[Group
     return selected(groups, ~held_out), selected(groups, held_out)
 
 
-def _read(sources: tuple[Source, ...], lenient: bool) -> Part:
+def _read(sources: tuple[Source, ...], lenient: bool, watch: Watch) -> Part:
     parts: list[Sequence[Group]] = []
     hashes: dict[str, str] = {}
     notes: list[str] = []
     for source in sources:
-        result = read_groups(source.path, format=source.format, fields=source.map, lenient=lenient)
+        result = read_groups(source.path, format=source.format, fields=source.map, lenient=lenient, watch=watch)
         used = result.groups[: source.limit]
         parts.append(used)
         hashes[source.path] = result.fingerprint

@@ -36,6 +36,11 @@ class StageProgress:
             self._task = self._bar.add_task(self._label, total=self._total, completed=self._done, status="")
         return self
 
+    @property
+    def done(self) -> int:
+        """Steps done so far."""
+        return self._done
+
     def advance(self, status: str = "") -> None:
         """One step is done."""
         before = self._done * 10 // max(1, self._total)
