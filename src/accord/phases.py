@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ContextDecorator, contextmanager
 from typing import Any, Protocol
 
-__all__ = ["EVALUATION", "ITERATION", "OTHER", "Clock", "PhaseSeconds", "Watcher", "phase", "projecting", "stepping"]
+__all__ = ["EVALUATION", "ITERATION", "OTHER", "Clock", "PhaseSeconds", "Watcher", "passing", "phase", "projecting"]
 
 EVALUATION = "evaluation"  # of the model on held-out data: all of it, whatever phases are within
 ITERATION = "iteration"  # the phase that is one step of training and all that belongs to it
@@ -24,11 +24,11 @@ PhaseSeconds = dict[str, float]
 
 
 class Watcher(Protocol):
-    """What `projecting` and `stepping` say is passed on to it."""
+    """What `projecting` and `passing` say is passed on to it."""
 
     def projecting(self, states: Any, embedding: Any, again: int) -> None: ...
 
-    def stepping(self, trunk: Any, mask: Any) -> None: ...
+    def passing(self, model: Any, ids: Any, mask: Any, cached: int, logits: bool) -> None: ...
 
 
 class Clock:
@@ -39,7 +39,7 @@ class Clock:
 
     Args:
         settle: called wherever a phase begins or ends, so that work that was only queued is finished (a GPU's).
-        watcher: told of products that no module's call shows.
+        watcher: told of passes and projections.
     """
 
     def __init__(
@@ -144,8 +144,8 @@ def projecting(states: Any, embedding: Any, again: int) -> None:
         _clock.watcher.projecting(states, embedding, again)
 
 
-def stepping(trunk: Any, mask: Any) -> None:
-    """Say that a trunk is about to run one more token of each sequence, by its parts; `mask` (B, S) is True where one
-    of the S tokens, the new one included, is seen."""
+def passing(model: Any, ids: Any, mask: Any, *, cached: int = 0, logits: bool = False) -> None:
+    """Say that a model's trunk is about to run tokens (R, L) behind `cached` others of each row, under a mask as
+    transformers takes it; with `logits`, that the output embedding reads the last token of each row."""
     if _clock is not None and _clock.watcher is not None:
-        _clock.watcher.stepping(trunk, mask)
+        _clock.watcher.passing(model, ids, mask, cached, logits)

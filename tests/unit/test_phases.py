@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from accord import phases
-from accord.phases import EVALUATION, ITERATION, Clock, phase, projecting, stepping
+from accord.phases import EVALUATION, ITERATION, Clock, passing, phase, projecting
 
 
 class Watch:
@@ -116,16 +116,16 @@ def test_without_a_clock_nothing_is_told() -> None:
         def projecting(self, *told: Any) -> None:
             seen.append(("projecting", *told))
 
-        def stepping(self, *told: Any) -> None:
-            seen.append(("stepping", *told))
+        def passing(self, *told: Any) -> None:
+            seen.append(("passing", *told))
 
     with phase("forward"):
         projecting("earlier", "embedding", 0)
-        stepping("trunk", "mask")
+        passing("model", "ids", "mask", cached=5)
     with Clock(watcher=Seen()).running():
         projecting("states", "embedding", 3)
-        stepping("trunk", "mask")
+        passing("model", "ids", "mask", cached=5)
         with pytest.raises(RuntimeError, match="another clock"), Clock().running():
             pass
     projecting("later", "embedding", 0)
-    assert seen == [("projecting", "states", "embedding", 3), ("stepping", "trunk", "mask")]
+    assert seen == [("projecting", "states", "embedding", 3), ("passing", "model", "ids", "mask", 5, False)]

@@ -78,7 +78,7 @@ def observed(
 ) -> tuple[dict[str, Work], int]:
     """The work of an iteration of one pass, and torch's count of everything that was run in it."""
     batch = collate(groups, layout=layout, pad_id=PAD_ID)
-    observer = Observer(warm_up=1)
+    observer = Observer()
     counter = torchs_count()
     with observer.watching():
         for _ in range(2):  # in the first the models are found
@@ -154,7 +154,7 @@ def test_a_projection_that_is_done_again_is_overhead() -> None:
     """7 rows in chunks of 2, room for 5, so for 2 chunks: the last 3 are projected twice, 3 * 2 * 4 * 10 operations."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(7, 4, requires_grad=True), torch.randn(10, 4, requires_grad=True)
-    observer = Observer(warm_up=1)
+    observer = Observer()
     with observer.watching(), phase(ITERATION), torchs_count() as counter:
         with phase("forward"):
             logprobs, _ = token_logprobs(
@@ -173,7 +173,7 @@ def test_a_sampler_runs_each_prompt_once_and_then_token_by_token() -> None:
     """Prompts of 3 and 5 tokens, two samples of 4 tokens each: 8 tokens, 2 of padding, then 3 passes of 4 rows."""
     model = tiny_model("llama")
     sampler = NativeSampler(model, pad_id=PAD_ID)
-    observer = Observer(warm_up=1)
+    observer = Observer()
     prompts = [PromptTokens((5, 6, 7), 1), PromptTokens((8, 9, 10, 11, 12), 2)]
     with observer.watching():
         for _ in range(2):
@@ -193,7 +193,7 @@ def test_an_optimiser_step_moves_weights_gradients_and_moments_twice() -> None:
     step counters, 4 bytes each tensor, are counted as well."""
     weights = [torch.ones(10, requires_grad=True), torch.ones(6, requires_grad=True)]
     optimiser = torch.optim.AdamW(weights, fused=True)
-    observer = Observer(warm_up=1)
+    observer = Observer()
     with observer.watching(), phase(ITERATION), phase("optimiser"):
         sum(w.sum() for w in weights).backward()
         optimiser.step()

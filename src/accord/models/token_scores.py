@@ -20,6 +20,7 @@ from accord.models.layout import CompletionBatch
 from accord.models.precision import lowered, reading
 from accord.models.projection import LogitTransform, token_logprobs
 from accord.models.recompute import recomputing
+from accord.phases import passing
 
 __all__ = [
     "TokenScores",
@@ -197,6 +198,7 @@ def hidden_states(model: Any, batch: CompletionBatch) -> Tensor:
             "use another architecture (llama, qwen, mistral, gemma, phi, olmo, gpt2, ...)"
         )
     with reading(batch.input_ids.device), recomputing(model.base_model):
+        passing(model, batch.input_ids, inputs["attention_mask"])
         return trunk_of(model)(input_ids=batch.input_ids, use_cache=False, **inputs).last_hidden_state
 
 

@@ -1,8 +1,7 @@
 """Watches a stage while it trains: seconds of each phase, and what each computed, from the passes of the models.
 
-Passes are seen where they go into a model: hooks on trunks and on output embeddings, which are found while a stage
-warms up; and what is said by `accord.phases.projecting` and `stepping`, where no module is called. Counting stops the
-clock.
+Where a model is about to run, code says so by `accord.phases.passing` and `projecting`; optimisers are seen by a hook
+of torch's. Counting stops the clock.
 """
 
 from __future__ import annotations
@@ -14,9 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from transformers import PreTrainedModel
 
 from accord.phases import Clock
 from accord.profiling.flops import Attention, Flops, Matrix, Trunk, causal_pairs, matrix_flops, trunk_flops
@@ -49,14 +46,12 @@ class Work:
 class Observer:
     """Use as `with observer.watching():` around a stage.
 
-    warm_up  iterations during which models are looked for; a model that first runs later is not seen
     clock    its seconds; `iterations[i]` is the work of its iteration i, `outside` that of all else
     shapes   (inputs, outputs) of the matrices that were seen -> the most tokens of a pass
     parameters, trained   of all models that ran, what they share once
     device, dtype         of the products of an update
     """
 
-    warm_up: int
     clock: Clock = field(init=False)
     iterations: list[dict[str, Work]] = field(default_factory=list)
     outside: dict[str, Work] = field(default_factory=dict)
@@ -65,11 +60,8 @@ class Observer:
     trained: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
-    _decoding: bool = False  # the latest pass of a trunk was behind a cache
-    _hooks: list[Any] = field(default_factory=list)
-    _known: set[int] = field(default_factory=set)
     _trunks: dict[tuple[int, bool], Trunk] = field(default_factory=dict)
-    _models: list[Any] = field(default_factory=list)  # keeps what is known by its id alive
+    _models: dict[int, Any] = field(default_factory=dict)  # by their trunk's id, which stays theirs while they live
 
     def __post_init__(self) -> None:
         settle = torch.cuda.synchronize if torch.cuda.is_available() else None
@@ -77,16 +69,13 @@ class Observer:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        finder = register_module_forward_pre_hook(self._meet)
-        self._hooks += [finder, register_optimizer_step_post_hook(self._stepped)]
+        hook = register_optimizer_step_post_hook(self._stepped)
         try:
             with self.clock.running():
                 yield
         finally:
-            for hook in self._hooks:
-                hook.remove()
-            self._hooks.clear()
-            weights = {id(p): p for model in self._models for p in model.parameters()}.values()
+            hook.remove()
+            weights = {id(p): p for model in self._models.values() for p in model.parameters()}.values()
             self.parameters = sum(p.numel() for p in weights)
             self.trained = sum(p.numel() for p in weights if p.requires_grad)
             self._models.clear()
@@ -105,59 +94,31 @@ class Observer:
 
     # --- what is seen ------------------------------------------------------------------------------------------------
 
-    def _meet(self, module: nn.Module, _: Any) -> None:
-        """Put hooks on a model's trunk and its output embedding when it first runs."""
-        if len(self.clock.iterations) > self.warm_up:
-            self._hooks[0].remove()  # it slows every module down
-        elif isinstance(module, PreTrainedModel) and id(module) not in self._known:
-            self._known.add(id(module))
-            self._models.append(module)
-            if module.base_model is module:
-                self._hooks.append(module.register_forward_pre_hook(self._running, with_kwargs=True))
-            else:
-                head = module.get_output_embeddings()
-                if head is not None:
-                    self._hooks.append(head.register_forward_pre_hook(self._head))
-
-    def _running(self, module: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+    def passing(self, model: Any, ids: Tensor, mask: Any, cached: int, logits: bool) -> None:
         with self.clock.stopped():
-            ids = inputs.get("input_ids", args[0] if args else None)
-            if ids is None:
-                return
-            cache = inputs.get("past_key_values")
-            self._passed(module, _pass_size(ids, inputs.get("attention_mask"), module.config, cache))
-
-    def stepping(self, trunk: Any, mask: Tensor) -> None:
-        """Said by a sampler that runs a trunk's parts by itself."""
-        with self.clock.stopped():
-            rows, keys = mask.shape
-            self._passed(trunk, _Size(rows, rows, float(mask.sum()), float(rows * keys), behind_cache=True))
-
-    def _passed(self, module: Any, seen: _Size) -> None:
-        adapted = not _adapters_off(module)
-        if (id(module), adapted) not in self._trunks:
-            self._trunks[id(module), adapted] = trunk_of(module, adapted=adapted)
-        trunk = self._trunks[id(module), adapted]
-        self._note(trunk, seen.tokens_run, module)
-        useful = trunk_flops(seen.tokens, seen.pairs, trunk)
-        run = trunk_flops(seen.tokens_run, seen.pairs_run, trunk)
-        work = self._add(useful, run, again=_checkpointed(module))
-        work.tokens += seen.tokens
-        work.padding += seen.tokens_run - seen.tokens
-        self._decoding = seen.behind_cache
-        if seen.behind_cache:
-            work.decoded += seen.tokens
-            work.decoded_flops += useful.forward
-
-    def _head(self, module: Any, args: tuple[Any, ...]) -> None:
-        """An output embedding called as a module: the sampler's."""
-        with self.clock.stopped():
-            outputs, inputs = module.weight.shape
-            tokens = args[0].numel() // inputs
-            flops = matrix_flops(tokens, Matrix(inputs, outputs, module.weight.requires_grad, args[0].requires_grad))
-            work = self._add(flops, flops)
-            if self._decoding:
-                work.decoded_flops += flops.forward
+            trunk = getattr(model, "base_model", None)
+            if trunk is None:
+                return  # a policy shaped by heads, which only evaluations sample from
+            if id(trunk) not in self._models:
+                self._models[id(trunk)] = model
+            adapted = not _adapters_off(trunk)
+            if (id(trunk), adapted) not in self._trunks:
+                self._trunks[id(trunk), adapted] = trunk_of(trunk, adapted=adapted)
+            made = self._trunks[id(trunk), adapted]
+            seen = _pass_size(ids, mask, trunk.config, cached)
+            self._note(made, seen.tokens_run, trunk)
+            useful = trunk_flops(seen.tokens, seen.pairs, made)
+            run = trunk_flops(seen.tokens_run, seen.pairs_run, made)
+            if logits:
+                outputs, inputs = model.get_output_embeddings().weight.shape
+                head = Flops(matrix_flops(len(ids), Matrix(inputs, outputs)).forward, 0.0)
+                useful, run = useful + head, run + head
+            work = self._add(useful, run, again=_checkpointed(trunk))
+            work.tokens += seen.tokens
+            work.padding += seen.tokens_run - seen.tokens
+            if cached:
+                work.decoded += seen.tokens
+                work.decoded_flops += useful.forward
 
     def projecting(self, states: Tensor, embedding: Tensor, again: int) -> None:
         with self.clock.stopped():
@@ -209,26 +170,23 @@ class _Size:
     tokens_run: int
     pairs: float
     pairs_run: float
-    behind_cache: bool
 
 
-def _pass_size(ids: Tensor, mask: Any, config: Any, cache: Any) -> _Size:
-    """Padding is known by its id, for some passes take it for real on purpose. A mask written out is run in full, pairs
-    it hides included; under a causal one only what it shows is run."""
+def _pass_size(ids: Tensor, mask: Any, config: Any, cached: int) -> _Size:
+    """Padding is known by its id, for some passes take it for real on purpose; behind a cache there is none. A mask
+    written out is run in full, pairs it hides included; under a causal one only what it shows is run."""
     rows, length = ids.shape
-    before = 0 if cache is None else int(cache.get_seq_length())
+    if cached:  # finished rows cannot be told here
+        return _Size(rows * length, rows * length, float(mask.sum()), float(mask.numel()))
     pad_id = config.get_text_config().pad_token_id
-    if before:  # padding is to the left, in the cache; finished rows cannot be told here
-        shown = mask.sum().item() if isinstance(mask, Tensor) and mask.dim() == 2 else rows * (before + length)
-        return _Size(rows * length, rows * length, float(shown), rows * causal_pairs(length, before), True)
     real = torch.ones_like(ids, dtype=torch.bool) if pad_id is None else ids != pad_id
     counts = real.sum(1).double()
     if isinstance(mask, Tensor) and mask.dim() == 4:
         visible = mask if mask.dtype == torch.bool else mask == 0
         pairs = float((visible[:, 0] & real[:, :, None] & real[:, None, :]).sum())
-        return _Size(int(counts.sum()), rows * length, pairs, float(rows * length * length), False)
+        return _Size(int(counts.sum()), rows * length, pairs, float(rows * length * length))
     pairs = float((counts * (counts + 1) / 2).sum())
-    return _Size(int(counts.sum()), rows * length, pairs, rows * causal_pairs(length), False)
+    return _Size(int(counts.sum()), rows * length, pairs, rows * causal_pairs(length))
 
 
 def trunk_of(trunk: Any, *, adapted: bool = True) -> Trunk:

@@ -116,7 +116,7 @@ class _Runner:
             if earlier not in self._elsewhere and read_summary(self._recipe.root / earlier) is None:
                 self._run(earlier, _span(getattr(self._recipe, earlier), steps=1, warm_up=0))
         span = _span(getattr(self._recipe, stage), steps=self._steps, warm_up=self._warm_up)
-        observer = Observer(span.warm_up)
+        observer = Observer()
         with observer.watching():
             scale = self._run(stage, span)
         machine = measure_machine(observer.shapes, device=observer.device, dtype=observer.dtype)

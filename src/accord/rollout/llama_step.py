@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM
 
-from accord.phases import stepping
+from accord.phases import passing
 
 __all__ = ["LlamaStep", "llama_step"]
 
@@ -46,7 +46,7 @@ class LlamaStep:
             cache: transformers' cache, whose layers hold S - 1 tokens.
         """
         trunk = self._model.base_model
-        stepping(trunk, mask)
+        passing(self._model, tokens[:, None], mask, cached=mask.shape[1] - 1, logits=True)
         x = trunk.embed_tokens(tokens)
         cos, sin = trunk.rotary_emb(x[:, None], position_ids=positions)  # (B, 1, D)
         half = sin.shape[-1] // 2

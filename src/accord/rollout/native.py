@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicLayer
 
 from accord.errors import ConfigError, DataError, TrainingError
 from accord.models.precision import reading
+from accord.phases import passing
 from accord.randomness import generator
 from accord.records import SampledCompletion
 from accord.rollout.llama_step import LlamaStep, llama_step
@@ -226,6 +227,7 @@ class NativeSampler:
         columns = torch.arange(width + max_new_tokens, device=self._model.device)
         mask = columns >= torch.tensor(padding, device=self._model.device)[:, None]
         cache = DynamicCache(config=self._model.config)
+        passing(self._model, input_ids, mask[:, :width], logits=True)
         logits = self._model(
             input_ids=input_ids,
             attention_mask=mask[:, :width],
@@ -281,6 +283,7 @@ class _ReservedLayer(DynamicLayer):
 
 
 def _own_logits(model: PreTrainedModel, tokens: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+    passing(model, tokens[:, None], mask, cached=mask.shape[1] - 1, logits=True)
     return model(
         input_ids=tokens[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
     ).logits[:, -1]
