@@ -13,6 +13,7 @@ from accord.models.adapters import adapters_off, add_adapter
 from accord.models.blocks import train_top_blocks
 from accord.models.layout import collate
 from accord.models.projection import LogitTransform, token_logprobs
+from accord.models.recompute import recompute_activations
 from accord.models.token_scores import score_tokens
 from accord.phases import ITERATION, phase
 from accord.profiling.flops import (
@@ -113,6 +114,19 @@ def test_what_is_counted_as_run_is_what_torch_ran(prepared: Any, grad: bool) -> 
     assert work["forward"].padding == 2 * 8 - 13
     assert all(w.overhead > 0 for w in work.values())
     assert grad == ("backward" in work)
+
+
+def test_blocks_that_run_again_in_the_backward_pass_are_overhead() -> None:
+    """Torch stops a block's second run at the last activation that the gradient needs: its last product is left out."""
+    model = tiny_model("gpt2", attn_implementation="eager")
+    model.config._attn_implementation = "eager"
+    plain, run = observed(model, GROUPS, "shared")
+    recompute_activations(model)
+    again, run_again = observed(model, GROUPS, "shared")
+    assert again["forward"] == plain["forward"] and again["backward"].useful == plain["backward"].useful
+    second = again["backward"].overhead - plain["backward"].overhead
+    last_products = 2 * 2 * (2 * 8) * 4 * 32 * 32
+    assert second - last_products == run_again - run > 0
 
 
 def test_useful_is_what_the_tokens_need_by_themselves() -> None:

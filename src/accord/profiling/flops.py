@@ -11,7 +11,8 @@ that goes with it are two.
 Left out, each far below 1%: embeddings, norms, activations, softmax, biases, scalar heads, the optimiser's arithmetic.
 Left out as well: the first layers of ILQL's heads; their products with the vocabulary are counted.
 Sliding windows are counted as full attention. Of a mixture of experts only what stands in two-dimensional matrices is
-counted. Attention kernels that compute scores a second time in the backward pass do more than is counted. Torch-free.
+counted. Attention kernels that compute scores a second time in the backward pass do more than is counted; blocks whose
+activations were dropped do up to one product less. Torch-free.
 """
 
 from __future__ import annotations
