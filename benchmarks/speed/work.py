@@ -16,6 +16,7 @@ from accord.records import TokenCompletion, TokenGroup
 
 __all__ = [
     "BETA",
+    "END",
     "KL_COEF",
     "MODELS",
     "ONLINE",
@@ -30,6 +31,7 @@ __all__ = [
     "pairs_of",
     "prepare",
     "reward",
+    "word_tokenizer",
     "words",
 ]
 
@@ -210,17 +212,22 @@ def mean_logprob(model: Any, groups: Sequence[TokenGroup]) -> float:
     return total / count
 
 
-def prepare(work: Work, folder: Path) -> None:
-    """Write what both sides start from: the model `policy` with its tokenizer, and for reward models `reward`."""
+def word_tokenizer(vocabulary: int) -> Any:
+    """One token a word: the text of `words` is read as its ids."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
+    known = {"<pad>": PAD, "<end>": END} | {f"w{i}": i for i in range(FIRST, vocabulary)}
+    inner = Tokenizer(models.WordLevel(known, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<end>")
+
+
+def prepare(work: Work, folder: Path) -> None:
+    """Write what both sides start from: the model `policy` with its tokenizer, and for reward models `reward`."""
     from accord.models.load import ModelShape, build_model, reward_model_from, save_model
 
-    vocabulary = {"<pad>": PAD, "<end>": END} | {f"w{i}": i for i in range(FIRST, work.vocabulary)}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<end>")
+    tokenizer = word_tokenizer(work.vocabulary)
     hidden, layers, heads, mlp = MODELS[work.model]
     shape = ModelShape(hidden, layers, heads, 1024, intermediate_size=mlp)
     policy = build_model(shape, vocab_size=work.vocabulary, pad_id=PAD, eos_id=END, seed=0)

@@ -96,9 +96,9 @@ def length(prompt: str, completion: str) -> float:
     return float(len(completion) % 5)
 
 
-def run(out: Path, models: dict[str, Path], case: str) -> None:
+def run(out: Path, models: dict[str, Path], case: str, **model_keys: Any) -> None:
     sections = json.loads(json.dumps(CASES[case]).replace("JUDGE", str(models["judge"])))
-    model = {"path": str(models["start"]), **sections.pop("model", {})}
+    model = {"path": str(models["start"]), **sections.pop("model", {}), **model_keys}
     data = {"holdout": 0.3, "max_tokens": 48, **sections.pop("data", {})}
     recipe = recipe_from({"threads": 1, "out": str(out), "data": data, "model": model, **sections})
     functions = {f"{name}.reward_function": length for name in sections if "reward_function" in sections[name]}
@@ -154,6 +154,30 @@ def test_a_stage_on_another_device_ends_with_the_same_numbers(
     # Not to the bit: a file's weights are read where they lie, and a copy's alignment lets kernels round otherwise.
     torch.testing.assert_close(numbers(there), numbers(here), rtol=1e-3, atol=1e-5)
     assert texts(there) == texts(here)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_on_a_real_gpu_the_first_step_has_the_numbers_of_the_cpu(
+    case: str, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "here", models, case, device="cpu", offload=False)
+    monkeypatch.setenv("ACCORD_CACHE", str(tmp_path / "another cache"))
+    run(tmp_path / "there", models, case, device="cuda")
+    here, there = (
+        {name: value for name, value in left(tmp_path / folder).items() if "metrics.jsonl 0 train/" in name}
+        for folder in ("here", "there")
+    )
+    torch.testing.assert_close(numbers(there), numbers(here), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keys", [
+    {"precision": "bfloat16"}, {"precision": "float16"}, {"activation_checkpointing": True}, {"offload": True},
+], ids=lambda keys: next(iter(keys)))  # fmt: skip
+def test_on_a_real_gpu_every_option_trains(keys: dict[str, Any], models: dict[str, Path], tmp_path: Path) -> None:
+    run(tmp_path / "out", models, "ppo", device="cuda", **keys)
+    assert any("train/grad_norm" in name for name in left(tmp_path / "out"))
 
 
 def test_a_reference_that_waits_is_on_the_device_only_while_it_is_asked() -> None:

@@ -152,6 +152,17 @@ def test_the_reference_is_read_in_smaller_passes(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(found("small"), expected)
 
 
+def test_what_torch_says_on_this_machine_is_understood() -> None:
+    with pytest.raises(OutOfMemory), one_pass(DEMONSTRATIONS):
+        torch.empty(2**50, dtype=torch.uint8)
+
+
+@pytest.mark.gpu
+def test_what_torch_says_on_a_gpu_is_understood() -> None:
+    with pytest.raises(OutOfMemory), one_pass(DEMONSTRATIONS):
+        torch.empty(2**50, dtype=torch.uint8, device="cuda")
+
+
 def test_other_errors_are_not_taken_for_it() -> None:
     with pytest.raises(RuntimeError, match="shapes"), one_pass(DEMONSTRATIONS):
         raise RuntimeError("shapes do not match")
