@@ -95,11 +95,14 @@ def reference_logprobs(
     known = len(values)
     missing = _missing(groups, values)
     chunks = [missing[i : i + GROUPS_AT_ONCE] for i in range(0, len(missing), GROUPS_AT_ONCE)]
+    passes = MicroBatches(budget)
     with ExitStack() as stack:
         bar: StageProgress | None = None
         for index, chunk in enumerate(chunks):
             started = time.monotonic()
-            new = _computed(model, chunk, layout, budget, pad_id)
+            new = _computed(model, chunk, layout, passes, pad_id)
+            for note in passes.notes():
+                say(note)
             _write(own, new)
             _share(shared, new, say)
             values |= new
@@ -154,8 +157,8 @@ def _missing(groups: Sequence[TokenGroup], values: Mapping[bytes, float]) -> lis
 
 
 @phase("reference")
-def _computed(model: Any, groups: Sequence[TokenGroup], layout: Layout, budget: int, pad_id: int) -> Values:
-    numbers = MicroBatches(budget).attempt(
+def _computed(model: Any, groups: Sequence[TokenGroup], layout: Layout, passes: MicroBatches, pad_id: int) -> Values:
+    numbers = passes.attempt(
         lambda tokens: sequence_logprobs(model, groups, layout=layout, pad_id=pad_id, budget=tokens).tolist()
     )
     keys = [key for group in groups for key in _keys(group)]

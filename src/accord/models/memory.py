@@ -76,7 +76,7 @@ class MicroBatches:
             self.tokens //= 2
             self._notes.append(
                 f"out of memory ({reason}): forward passes have at most {self.tokens} tokens from here on "
-                "(`micro_batch_tokens`), and the step is done again; its gradient is the same"
+                "(`micro_batch_tokens`), and what was begun is done again; gradients stay the same"
             )
             gc.collect()
             if torch.cuda.is_initialized():
