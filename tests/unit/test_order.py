@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accord.data.order import PASS_TOKENS, batch_indices, epochs_done, micro_batches, num_steps
+from accord.randomness import permutation
 
 few = settings(max_examples=50, derandomize=True, deadline=None)
 
@@ -111,3 +112,11 @@ def test_no_other_cut_of_the_sorted_items_runs_fewer_tokens(items: list[tuple[in
                 passes[-1].append(item)
         ways.append(cost(passes))
     assert cost(micro_batches(items, lambda i: i[0], lambda i: i[1], budget)) == min(ways)
+
+
+def test_an_epoch_is_the_keyed_permutation_in_slices() -> None:
+    """So a seed means the same batches however the order is kept."""
+    for epoch in (0, 1):
+        batches = [batch_indices(4 * epoch + step, 23, 6, 5, "sft") for step in (1, 2, 3, 4)]
+        assert [i for batch in batches for i in batch] == permutation(23, "order", 5, "sft", epoch)
+        assert all(type(i) is int for batch in batches for i in batch)
