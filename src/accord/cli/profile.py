@@ -68,6 +68,9 @@ def _run(args: argparse.Namespace) -> int:
 
     console, corpus = screen(), read_corpus(recipe.data)
     check_sizes(recipe, corpus, stages)
+    from accord.training.allocator import keep_freed_memory
+
+    keep_freed_memory()  # before torch is imported, as a run has it
     from accord.profiling.run import profile_stages, show
 
     out = args.out or recipe.root.with_name(f"{recipe.root.name}-profile")
