@@ -6,7 +6,7 @@
     python -m benchmarks.toolbox --json              the same as JSON
 
 An option is a few keys of a recipe (`OPTIONS`). For each, a process of its own runs the SFT stage from the same saved
-model over the same text. Of its steps it prints
+model over the same text. Of its updates it prints
 
     peak MB          the most memory that was resident at any moment (VmHWM of /proc) up to the last step, and what of
                      that came on top of the imported libraries; pages of the model's file count while they are mapped
@@ -41,12 +41,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "nf4": {"model": {"adapter": ADAPTER, "quantise": "nf4"}, "sft": RATE},
     "nf4_dora": {"model": {"adapter": ADAPTER | {"kind": "dora"}, "quantise": "nf4"}, "sft": RATE},
     "nf4_8bit": {"model": {"adapter": ADAPTER, "quantise": "nf4"}, "sft": RATE | {"optimiser": "adamw_8bit"}},
+    "activation_checkpointing": {"model": {"activation_checkpointing": True}},
+    "bfloat16": {"model": {"precision": "bfloat16"}},
+    "passes_of_128": {"sft": {"micro_batch_tokens": 128}},
+    "nf4_checkpointing": {
+        "model": {"adapter": ADAPTER, "quantise": "nf4", "activation_checkpointing": True},
+        "sft": RATE,
+    },
 }
 SHAPES = {
     "full": {"hidden_size": 1024, "layers": 8, "heads": 16, "vocab_size": 2048, "max_positions": 256},
     "quick": {"hidden_size": 512, "layers": 5, "heads": 8, "vocab_size": 2048, "max_positions": 256},
 }
-STEPS, WARM_UP = 8, 2
+WARM_UP = 2
 BATCH, PASS_TOKENS = 8, 512
 WORDS = "the cat sat on a mat and saw one small dog run to its old red house in our green town by night".split()
 
@@ -59,11 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--only", help="options to measure, with commas between them")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each option (default: 3)")
+    parser.add_argument("--steps", type=int, default=8, help="updates of each run, at least 3 (default: 8)")
     parser.add_argument("--run", choices=OPTIONS, help=argparse.SUPPRESS)  # one option in this process
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.run is not None:
-        print(json.dumps(measured(chosen.run, chosen.folder)))
+        print(json.dumps(measured(chosen.run, chosen.folder, chosen.steps)))
         return 0
     names = list(OPTIONS) if chosen.only is None else ["plain", *(n for n in chosen.only.split(",") if n != "plain")]
     unknown = [name for name in names if name not in OPTIONS]
@@ -71,15 +79,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no such option: {', '.join(unknown)}; there are {', '.join(OPTIONS)}")
     with tempfile.TemporaryDirectory(prefix="accord-toolbox-") as temporary:
         prepare(Path(temporary), "quick" if chosen.quick else "full")
-        runs = [run_apart(name, Path(temporary)) for _ in range(chosen.repeats) for name in names]
+        runs = [run_apart(name, Path(temporary), chosen.steps) for _ in range(chosen.repeats) for name in names]
     rows = [summary(name, [run for run in runs if run["option"] == name]) for name in names]
     print(json.dumps(rows, indent=2) if chosen.json else table(rows))
     return 0
 
 
-def run_apart(name: str, folder: Path) -> dict[str, Any]:
+def run_apart(name: str, folder: Path, steps: int) -> dict[str, Any]:
     """One run of an option, in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.toolbox", "--run", name, "--folder", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.toolbox",
+        "--run",
+        name,
+        "--folder",
+        str(folder),
+        "--steps",
+        str(steps),
+    ]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(output.splitlines()[-1])
 
@@ -91,19 +109,20 @@ def summary(name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def recipe_of(folder: Path, name: str, out: Path, size: str | None = None) -> Any:
+def recipe_of(folder: Path, name: str, out: Path, steps: int, size: str | None = None) -> Any:
     """The SFT stage with an option; `size` builds the base model instead of loading it."""
     from accord.config import recipe_from
 
     option = OPTIONS[name]
     model = {"scratch": SHAPES[size]} if size else {"path": str(folder / "base" / "base" / "model")}
-    steps = {"max_steps": STEPS, "epochs": STEPS, "batch_size": BATCH, "micro_batch_tokens": PASS_TOKENS}
-    few = {"schedule": "constant", "warmup_fraction": 0.0, "learning_rate": 1e-4, "eval_every": STEPS}
+    size_of = {"max_steps": steps, "epochs": steps, "batch_size": BATCH, "micro_batch_tokens": PASS_TOKENS}
+    rate = {"schedule": "constant", "warmup_fraction": 0.0, "learning_rate": 1e-4}
+    rare = {"eval_every": steps, "checkpoint_every": steps}
     return recipe_from(
         {
             "model": model | option.get("model", {}),
             "data": {"sft": str(folder / "text.jsonl"), "holdout": 0.0, "max_tokens": 128},
-            "sft": steps | few | {"checkpoint_every": STEPS} | option.get("sft", {}),
+            "sft": size_of | rate | rare | option.get("sft", {}),
             "threads": 1,
             "out": str(out),
         }
@@ -125,11 +144,11 @@ def build(folder: Path, size: str) -> None:
     from accord.methods.context import Context, base_folder
     from accord.methods.corpus import read_corpus
 
-    recipe = recipe_of(folder, "plain", folder / "base", size)
+    recipe = recipe_of(folder, "plain", folder / "base", 1, size)
     base_folder(Context(recipe, read_corpus(recipe.data), console()))
 
 
-def measured(name: str, folder: Path) -> dict[str, Any]:
+def measured(name: str, folder: Path, steps: int) -> dict[str, Any]:
     """Run the option in this process and read its log."""
     import peft  # noqa: F401  (imported by Accord only where there is an adapter: it must not count as an adapter's)
 
@@ -139,7 +158,7 @@ def measured(name: str, folder: Path) -> dict[str, Any]:
 
     libraries = peak_mb()
     with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=folder) as out:
-        recipe = recipe_of(folder, name, Path(out) / "run")
+        recipe = recipe_of(folder, name, Path(out) / "run", steps)
         run_stages(recipe, read_corpus(recipe.data), ["sft"], console())
         stage = Path(out) / "run" / "sft"
         rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
