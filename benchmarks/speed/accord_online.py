@@ -14,7 +14,7 @@ from accord.methods import learners
 from accord.methods.online_trainer import OnlineTrainer
 from accord.methods.ppo import PPOTrainer
 from accord.methods.rollouts import RolloutModels
-from accord.models.load import load_policy, load_reward_model, value_model_from
+from accord.models.load import load_policy, load_reward_model, value_head, value_model_from
 from accord.models.sharing import sharing_copy
 from accord.records import Group, Message, SampledCompletion, TokenGroup
 from accord.rewards.scorers import FunctionScorer, ModelScorer
@@ -89,7 +89,8 @@ def _training(
     ]
     if reward_model is None:
         return _without_value_model(work, models, prompts, settings)
-    return _with_value_model(work, models, prompts, settings, value_model_from(reward_model), apart)
+    value = value_head(policy) if work.one_trunk else value_model_from(reward_model)
+    return _with_value_model(work, models, prompts, settings, value, apart)
 
 
 def _without_value_model(work: Work, models: RolloutModels, prompts: Any, settings: dict[str, Any]) -> Any:
@@ -107,7 +108,9 @@ def _with_value_model(
 ) -> Any:
     """The peer has no gradient clipping. In the run apart a pass is one update, so that the order of answers, which
     is each side's own, does not matter."""
-    section = PPOConfig.model_validate(settings | {"max_grad_norm": 1e9, "minibatches": 1 if apart else 4})
+    own: dict[str, Any] = {"max_grad_norm": 1e9, "minibatches": 1 if apart else 4}
+    trunk: dict[str, Any] = {"value_trunk": "policy"} if work.one_trunk else {}
+    section = PPOConfig.model_validate(settings | own | trunk)
     trainer = PPOTrainer(models, value, prompts, section, 0)
     return lambda number: _nothing(trainer.step(number))
 

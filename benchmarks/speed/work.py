@@ -62,6 +62,7 @@ class Work:
     prompt, answer  tokens of each; None = mixed lengths, a third of a row being its prompt
     updates         steps of a run; of an online work whole iterations, of sampling calls
     warm_up         how many of them, the first, are not timed
+    one_trunk       Accord's value model is a head on the policy's trunk; the peer has two models all the same
     peer_rows       rows in a forward pass of the peer, None = all; the fastest that was found for it
     peer_grouped    the peer makes its batches from rows of similar length, which are then not the same updates
     """
@@ -75,6 +76,7 @@ class Work:
     vocabulary: int = 4096
     updates: int = 5
     warm_up: int = 1
+    one_trunk: bool = False
     peer_rows: int | None = None
     peer_grouped: bool = False
 
@@ -132,6 +134,7 @@ WORKS: dict[str, Work] = {
     "rloo-long": Work("rloo", 4, 192, 48, 8, peer_rows=16),
     # An iteration is 16 updates.
     "ppo": Work("ppo", 64, 32, 48, updates=2),
+    "ppo-one-trunk": Work("ppo", 64, 32, 48, updates=2, one_trunk=True),
     "ppo-32k": Work("ppo", 64, 32, 48, vocabulary=32000, updates=1, warm_up=0),
     "sampling-1": Work("sampling", 1, 64, 64, updates=7),
     "sampling-16": Work("sampling", 16, 64, 64, updates=7),
