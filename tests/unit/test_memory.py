@@ -166,6 +166,36 @@ def test_what_torch_says_on_a_gpu_is_understood() -> None:
         torch.empty(2**50, dtype=torch.uint8, device="cuda")
 
 
+def test_what_was_accumulated_before_the_failure_is_cleared() -> None:
+    """Two passes of two rows; the second one fails. The step is that of one pass over all four."""
+    items = [TokenGroup((5 + i, 6), (TokenCompletion((7, 8, 9), (True,) * 3),), i) for i in range(4)]
+
+    def stepped(budget: int, failing: int) -> tuple[dict[str, Tensor], int]:
+        model = tiny_model("gpt2", dtype=torch.float64, seed=1)
+        section = SFTConfig(batch_size=4, learning_rate=0.01, epochs=9, micro_batch_tokens=max(16, budget))
+        trainer = OfflineTrainer(
+            "sft", model, items, section, section, SFTObjective(),
+            layout="plain", pad_id=PAD_ID, seed=0, evaluate=dict,
+        )  # fmt: skip
+        trainer._micro_batches.tokens = budget
+        calls = 0
+
+        def fail(module: Any, inputs: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == failing:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+        model.base_model.register_forward_pre_hook(fail)
+        trainer.step(1)
+        return weights(model), calls
+
+    (expected, once), (found, calls) = stepped(1024, 0), stepped(10, 2)
+    assert (once, calls) == (1, 2 + 4)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-7, atol=1e-10)
+
+
 def test_other_errors_are_not_taken_for_it() -> None:
     with pytest.raises(RuntimeError, match="shapes"), one_pass(DEMONSTRATIONS):
         raise RuntimeError("shapes do not match")

@@ -15,6 +15,7 @@ from accord.methods.learners import rloo
 from accord.methods.offline import OfflineTrainer
 from accord.methods.online_trainer import OnlineTrainer
 from accord.methods.sft import SFTObjective
+from accord.models import token_scores
 from accord.models.layout import collate
 from accord.models.load import reward_model_from
 from accord.models.precision import precision
@@ -58,6 +59,21 @@ def test_gradients_in_bfloat16_are_close_and_all_is_kept_in_float32(kind: str) -
     # bfloat16 rounds a product by up to 2^-9. An error of 0 would mean that it was not used.
     assert 1e-4 < error < 0.05
     assert torch.equal(gradients(model, policy_loss(model)), exact)
+
+
+def test_the_vocabulary_is_projected_in_16_bits_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The projection is written out, so autocast does not see its backward pass."""
+    seen: list[torch.dtype] = []
+    inner = token_scores.token_logprobs
+
+    def noted(hidden: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Any:
+        seen.extend((hidden.dtype, weight.dtype))
+        return inner(hidden, weight, *rest, **options)
+
+    monkeypatch.setattr(token_scores, "token_logprobs", noted)
+    with precision("bfloat16"):
+        policy_loss(tiny_model("llama"))
+    assert seen == [torch.bfloat16] * 2
 
 
 def test_scalar_heads_read_in_float32_what_a_16_bit_trunk_says() -> None:
