@@ -394,7 +394,7 @@ OWN_OPTIONS: dict[str, dict[str, Any]] = {
 # Read by the stage, by the training loop, or with no say in the result.
 ELSEWHERE = {
     "init", "reward_model", "holdout_reward_model", "reward_function", "gold_function", "checkpoint_every",
-    "keep_checkpoints", "samples_every",
+    "keep_checkpoints", "samples_every", "optimiser",
     "episodes", "micro_batch_tokens", "max_failed_fraction", "environment", "max_turns",
     "scorers",
 }  # fmt: skip
