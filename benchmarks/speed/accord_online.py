@@ -79,7 +79,7 @@ def _training(
         scorer=FunctionScorer(lambda prompt, completion: reward(completion), "even words")
         if reward_model is None
         else ModelScorer(
-            reward_model, template, micro_batch_tokens=8192, max_tokens=1024, max_prompt_tokens=None, name="reward"
+            reward_model, template, micro_batch_tokens=2048, max_tokens=1024, max_prompt_tokens=None, name="reward"
         ),
         gold=None,
         layout=layout_of(policy, folder, work, groups),

@@ -269,4 +269,4 @@ class BestOfNConfig(SamplingFields):
 
     n: int = Field(16, ge=2, description="Completions sampled for each prompt; at least 2.")
     prompts: int | None = Field(None, ge=1, description="Use at most this many training prompts. Unset: all.")
-    micro_batch_tokens: int = Field(8192, ge=16, description="Tokens (padding included) per forward pass.")
+    micro_batch_tokens: int = Field(2048, ge=16, description="Tokens (padding included) per forward pass.")

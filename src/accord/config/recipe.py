@@ -51,7 +51,7 @@ class EvaluateConfig(Section):
     )
     reward_model: str | None = Field(None, description="Reward model folder. Unset: the reward stage of this recipe.")
     tie_margin: float = Field(0.0, ge=0, description="Score differences up to this count as ties.")
-    micro_batch_tokens: int = Field(8192, ge=16, description="Tokens (padding included) per forward pass.")
+    micro_batch_tokens: int = Field(2048, ge=16, description="Tokens (padding included) per forward pass.")
 
 
 class Recipe(Section):

@@ -190,7 +190,10 @@ class OptimiserFields(Section):
         1.0, gt=0, description="Gradients are scaled down to this global norm; the norm before clipping is logged."
     )
     micro_batch_tokens: int = Field(
-        8192, ge=16, description="Tokens (padding included) per forward pass. Changes memory and speed, not the result."
+        2048,
+        ge=16,
+        description="Tokens (padding included) per forward pass. Changes memory and speed, not the result; a large GPU "
+        "wants 16384.",
     )
     checkpoint_every: int = Field(50, ge=1, description="Steps between checkpoints.")
     keep_checkpoints: int = Field(2, ge=2, description="Newest checkpoints kept; at least 2, one may be damaged.")
