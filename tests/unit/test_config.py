@@ -55,7 +55,7 @@ def written(folder: Path, text: str) -> Path:
         ({"--ckpt.max_num": 1}, "here it is called `ppo.keep_checkpoints`"),
         ({"model": {"scratch": {"layer": 2}}}, "did you mean `model.scratch.layers`?"),
         ({"data": {"sft": [{"path": "a", "formt": "x"}]}}, "did you mean `data.sft.0.format`?"),
-        ({"sft": {"zzzzzz": 1}}, "known here: learning_rate, "),
+        ({"sft": {"zzzzzz": 1}}, "known here: optimiser, learning_rate, "),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_name_it_should_have(tree: dict[str, Any], suggestion: str) -> None:
