@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import import_module
@@ -93,11 +93,12 @@ def _measure(names: Sequence[str], turns: int, setup: Setup, args: argparse.Name
             f"TRL 1.12, the last with PPO, needs an environment of its own, and {setup.ppo_python} is not there: "
             "`make bench` makes it; or name another interpreter with --ppo-python, or other works with --work"
         )
-    rows = _all(names, turns, setup)
     date = f"{datetime.now(UTC):%Y-%m-%d}"
     machine = {**environment(), "threads": setup.threads, "allocator": setup.allocator, "date": date}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.out, {"machine": machine, "rows": rows})
+    rows: list[dict[str, Any]] = []
+    for rows in _turns(names, turns, setup):
+        write_json(args.out, {"machine": machine, "rows": rows})  # after every turn: an hour is long
     print(table(rows))
 
 
@@ -131,8 +132,8 @@ def _one(work: Work, side: str, folder: Path, apart: bool, setup: Setup) -> Timi
     return import_module(f"benchmarks.speed.{module}").run(work, folder, apart)
 
 
-def _all(names: Sequence[str], turns: int, setup: Setup) -> list[dict[str, Any]]:
-    """A row for each work, from all runs, the sides taking turns, and who begins too."""
+def _turns(names: Sequence[str], turns: int, setup: Setup) -> Iterator[list[dict[str, Any]]]:
+    """After every turn a row for each work, from all runs so far, the sides taking turns, and who begins too."""
     timings: dict[str, dict[str, list[Timing]]] = {name: {side: [] for side in SIDES} for name in names}
     apart: dict[str, list[Timing]] = {}
     with tempfile.TemporaryDirectory(prefix="accord-speed-") as temporary:
@@ -148,7 +149,7 @@ def _all(names: Sequence[str], turns: int, setup: Setup) -> list[dict[str, Any]]
                     timings[name][side].append(_in_process(name, side, folders[name], "timed", setup))
                     took = time.monotonic() - started
                     print(f"turn {turn + 1} of {turns}: {name}, {side}: {took:.0f} s", file=sys.stderr, flush=True)
-    return [row_of(name, WORKS[name], *timings[name].values(), apart=apart.get(name, ())) for name in names]
+            yield [row_of(name, WORKS[name], *timings[name].values(), apart=apart.get(name, ())) for name in names]
 
 
 def _in_process(name: str, side: str, folder: Path, apart: str, setup: Setup) -> Timing:
