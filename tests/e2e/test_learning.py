@@ -205,8 +205,9 @@ def test_ppo_raises_a_reward_that_counts_a_letter(trunk: str, tmp_path: Path) ->
 def test_ppo_raises_nothing_without_a_signal_or_a_learning_rate(
     reward: Callable[..., float], changes: dict[str, Any], tmp_path: Path
 ) -> None:
+    """Without a signal the policy wanders, by noise in the advantages, but not to more of the letter."""
     _, after = rule_scores(tmp_path, reward, **changes)
-    assert 2 < after < 4
+    assert after < 4
 
 
 def test_a_kl_price_keeps_the_policy_nearer_to_the_reference(tmp_path: Path) -> None:

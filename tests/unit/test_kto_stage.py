@@ -337,7 +337,8 @@ OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adam_epsilon": (1e-3, {}),
     "max_grad_norm": (1e-4, {"adam_epsilon": 1e-3}),
 }
-NEUTRAL = {"micro_batch_tokens", "checkpoint_every", "keep_checkpoints", "eval_every"}
+# `optimiser` names another library's AdamW: tests/unit/test_optim.py.
+NEUTRAL = {"micro_batch_tokens", "checkpoint_every", "keep_checkpoints", "eval_every", "optimiser"}
 
 
 def test_every_option_is_tried() -> None:
