@@ -11,7 +11,7 @@ from accord.report.html import Html, element
 from accord.report.style import STYLE
 from accord.report.svg import Series, xy_chart
 
-__all__ = ["Panel", "write_figure"]
+__all__ = ["Panel", "write_figure", "write_svg"]
 
 WIDTH, HEIGHT, TOP, MARGIN, LINE = 480, 288, 56, 24, 18
 
@@ -43,6 +43,11 @@ def write_figure(path: Path, panels: Sequence[Panel], *, columns: int = 2) -> No
             _legend(panel.series, x, y + 36),
             placed,
         ]
+    write_svg(path, drawn, width, height)
+
+
+def write_svg(path: Path, drawn: Sequence[Html], width: float, height: float) -> None:
+    """Write what is drawn as a picture of its own, in the report's style."""
     figure = element(
         "svg",
         element("style", Html(STYLE)),

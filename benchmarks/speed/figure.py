@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accord.atomic import write_text
 from accord.report.html import Html, element
-from accord.report.style import STYLE
 from accord.report.svg import ticks
+from benchmarks.figure import write_svg
 
 __all__ = ["write_bars"]
 
@@ -39,18 +38,8 @@ def write_bars(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         drawn += _bar(memory, y, row["memory_ratio"], largest, f"{row['memory_ratio']:.2f}", 1)
     if not all(row["same_learning"] for row in rows):
         drawn.append(element("text", "* the two do not learn the same", x=MARGIN, y=height - 8))
-    figure = element(
-        "svg",
-        element("style", Html(STYLE)),
-        element("title", "Speed and memory against the peers"),
-        element("rect", x=0, y=0, width=width, height=height, fill="var(--card)"),
-        *drawn,
-        xmlns="http://www.w3.org/2000/svg",
-        viewBox=f"0 0 {width} {height}",
-        style="max-width: none; margin: 0; font-family: sans-serif",
-        role="img",
-    )
-    write_text(path, figure)
+    title = element("title", "Speed and memory against the peers")
+    write_svg(path, [title, *drawn], width, height)
 
 
 def _place(left: float, value: float, largest: float) -> float:

@@ -121,7 +121,7 @@ def _stretches(groups: Sequence[Group]) -> Iterator[list[Group]]:
 
 
 def _identity(template: Template, limits: dict[str, Any]) -> bytes:
-    tokenizer = template.tokenizer
+    tokenizer: Any = template.tokenizer
     parts = [
         FORMAT,
         tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items()),

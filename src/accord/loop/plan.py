@@ -95,7 +95,7 @@ def fixed_prompts(corpus: Corpus) -> Corpus:
 def held_out(corpus: Corpus, share: float) -> list[Group]:
     """The prompts on which policies are compared: `data.evaluation`, else the held-out part of the prompts."""
     own = corpus.evaluation_prompts()
-    return list(own.groups) if own is not None else split_holdout(corpus.all_prompts().groups, share)[1]
+    return list(own.groups if own is not None else split_holdout(corpus.all_prompts().groups, share)[1])
 
 
 def round_prompts(number: int, count: int, total: int, seed: int) -> list[int]:

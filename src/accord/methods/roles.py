@@ -67,7 +67,7 @@ def step_prompts(context: Context, policy: LoadedPolicy, max_new_tokens: int) ->
     room = data.max_tokens - max_new_tokens
     groups, _ = split_holdout(context.corpus.all_prompts().groups, data.holdout)
     limit = min(room, data.max_prompt_tokens or room)
-    return tokenised(context, groups, policy.template, "prompts", max_tokens=room, max_prompt_tokens=limit)
+    return list(tokenised(context, groups, policy.template, "prompts", max_tokens=room, max_prompt_tokens=limit))
 
 
 def rollout_models(

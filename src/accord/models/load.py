@@ -175,10 +175,10 @@ def fresh_value_model(policy: Any) -> Any:
 
 def value_head(policy: Any) -> nn.Linear:
     """A head for values on the policy's own trunk, of zeros for the reason given at `fresh_value_model`."""
-    trunk = policy.base_model
-    head = nn.Linear(policy.config.get_text_config().hidden_size, 1, bias=False, device=policy.device)
+    width = policy.config.get_text_config().hidden_size
+    head = nn.Linear(width, 1, bias=False, device=policy.device, dtype=policy.dtype)
     nn.init.zeros_(head.weight)
-    return head.to(next(p.dtype for p in trunk.parameters()))
+    return head
 
 
 def value_model_from(reward_model: Any, *, sharing: bool = False) -> Any:

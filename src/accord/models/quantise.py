@@ -80,7 +80,8 @@ def _quantised(layer: nn.Linear) -> nn.Module:
 
     dtype = reading_dtype() or layer.weight.dtype
     result: Any = Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, device="meta")
-    weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
+    parameter: Any = Params4bit  # its arguments are untyped
+    weight = parameter(layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
     result.weight = weight.to(layer.weight.device)
     result.bias = layer.bias
     # On some CPUs bitsandbytes would pack the weights anew at the first pass without gradient, and compute in bfloat16

@@ -13,7 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -291,8 +291,8 @@ def _own_logits(model: PreTrainedModel, tokens: Tensor, mask: Tensor, positions:
 
 def _first_row(cache: DynamicCache) -> DynamicCache:
     """A cache of the first sequence alone, with room for one token, that leaves the given one as it is."""
-    first = copy.copy(cache)
-    first.layers = [_ReservedLayer(layer.keys[:1], layer.values[:1], 1) for layer in cache.layers]
+    first: Any = copy.copy(cache)
+    first.layers = [_ReservedLayer(layer.keys[:1], layer.values[:1], 1) for layer in first.layers]
     return first
 
 
