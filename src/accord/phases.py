@@ -28,7 +28,7 @@ class Watcher(Protocol):
 
     def projecting(self, states: Any, embedding: Any, again: int) -> None: ...
 
-    def passing(self, model: Any, ids: Any, mask: Any, cached: int, logits: bool) -> None: ...
+    def passing(self, model: Any, ids: Any, mask: Any, cached: int, logits: bool, read: Any) -> None: ...
 
 
 class Clock:
@@ -144,8 +144,9 @@ def projecting(states: Any, embedding: Any, again: int) -> None:
         _clock.watcher.projecting(states, embedding, again)
 
 
-def passing(model: Any, ids: Any, mask: Any, *, cached: int = 0, logits: bool = False) -> None:
+def passing(model: Any, ids: Any, mask: Any, *, cached: int = 0, logits: bool = False, read: Any = None) -> None:
     """Say that a model's trunk is about to run tokens (R, L) behind `cached` others of each row, under a mask as
-    transformers takes it; with `logits`, that the output embedding reads the last token of each row."""
+    transformers takes it; with `logits`, that the output embedding reads the last token of each row; with
+    `read` (R, L), that the last block makes nothing but keys and values at places that are False in it."""
     if _clock is not None and _clock.watcher is not None:
-        _clock.watcher.passing(model, ids, mask, cached, logits)
+        _clock.watcher.passing(model, ids, mask, cached, logits, read)

@@ -81,9 +81,9 @@ class Memory:
         self._read = token_scores.hidden_states
         monkeypatch.setattr(token_scores, "hidden_states", self.hidden_states)
 
-    def hidden_states(self, model: Any, batch: Any) -> Tensor:
+    def hidden_states(self, model: Any, batch: Any, read: Tensor) -> Tensor:
         tokens = batch.input_ids.numel()
-        states = self._read(model, batch)
+        states = self._read(model, batch, read)
         if self.limit is not None and tokens > self.limit:
             if not states.requires_grad or not self._backward:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

@@ -128,4 +128,4 @@ def test_without_a_clock_nothing_is_told() -> None:
         with pytest.raises(RuntimeError, match="another clock"), Clock().running():
             pass
     projecting("later", "embedding", 0)
-    assert seen == [("projecting", "states", "embedding", 3), ("passing", "model", "ids", "mask", 5, False)]
+    assert seen == [("projecting", "states", "embedding", 3), ("passing", "model", "ids", "mask", 5, False, None)]

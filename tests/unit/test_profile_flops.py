@@ -131,14 +131,21 @@ def test_blocks_that_run_again_in_the_backward_pass_are_overhead() -> None:
 
 def test_useful_is_what_the_tokens_need_by_themselves() -> None:
     """The shared layout, padding and hidden pairs included, needs no more than its tokens and the pairs that they see:
-    of the first group 6 in the prompt, 3 + 3 + 3 + (1 + 2 + 3) and 3 + 3 + (1 + 2) in its completions."""
+    of the first group 6 in the prompt, 3 + 3 + 3 + (1 + 2 + 3) and 3 + 3 + (1 + 2) in its completions.
+
+    Of two blocks the last one makes keys and values of all 13 tokens, and the rest only of the 5 that predict one: the
+    prompts' last ones, which see 3 and 2 tokens, two and one in the answers of the first group, (3 + 1) + (3 + 2) and
+    3 + 1, and none in the second's, whose last token is not in the loss."""
     model = tiny_model("llama")
     work, _ = observed(model, GROUPS, "shared")
     pairs = (6 + 15 + 9) + (3 + 3 + (2 + 2 + 1 + 2))
+    read, pairs_read = 5, 3 + 2 + (4 + 5) + 4
     hidden, inner = 32, 48
-    linear = 2 * (2 * hidden * hidden + 2 * hidden * 16 + 3 * hidden * inner)  # q, o; k, v of two heads; the MLP
-    attention, projection = 4 * pairs * hidden, 2 * hidden * 53 * (5 + 2)
-    expected = 2 * (13 * linear + attention) + projection
+    shared = 2 * 2 * hidden * 16  # k, v of two heads
+    rest = 2 * (2 * hidden * hidden + 3 * hidden * inner)  # q, o; the MLP
+    projection = 2 * hidden * 53 * (5 + 2)
+    first, last = 13 * rest + 4 * pairs * hidden, read * rest + 4 * pairs_read * hidden
+    expected = 2 * 13 * shared + first + last + projection
     assert work["forward"].useful == expected
     assert work["backward"].useful == 2 * expected
 
@@ -151,14 +158,15 @@ def test_plain_rows_run_the_prompt_again_which_is_no_padding() -> None:
 
 def test_an_adapter_counts_where_it_is_on() -> None:
     """Of rank 2 on a (32, 32) layer: 2 * (32 * 2 + 2 * 32) operations a token more. The layer's own matrix is frozen,
-    so that backward it costs once what the adapter's cost twice."""
+    so that backward it costs once what the adapter's cost twice. Of the two blocks the last one runs it only at the 7
+    tokens that predict one."""
     model = tiny_model("llama")
     plain, _ = observed(model, GROUPS, "plain", grad=False)
     add_adapter(model, rank=2, alpha=2.0, targets=("o_proj",), seed=0)
     on, _ = observed(model, GROUPS, "plain", grad=False)
     with adapters_off(model):
         off, _ = observed(model, GROUPS, "plain", grad=False)
-    assert on["forward"].useful - plain["forward"].useful == 2 * 18 * 2 * (32 * 2 + 2 * 32)
+    assert on["forward"].useful - plain["forward"].useful == 2 * (18 + 7) * (32 * 2 + 2 * 32)
     assert off["forward"].useful == plain["forward"].useful
     trained, _ = observed(model, GROUPS, "plain")
     assert plain["forward"].useful < trained["backward"].useful < 2 * on["forward"].useful

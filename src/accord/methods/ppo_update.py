@@ -19,7 +19,7 @@ from accord.models.layout import CompletionBatch
 from accord.models.memory import MicroBatches
 from accord.models.token_scores import (
     TokenScores,
-    hidden_states,
+    predicting_hidden_states,
     score_tokens,
     score_values,
     tokens_of,
@@ -197,7 +197,7 @@ class OneTrunk:
     def values(self, rollout: Rollout, models: RolloutModels, micro_batches: MicroBatches) -> Tensor:
         return _values(
             rollout, models, micro_batches,
-            lambda batch: values_of(self._head, hidden_states(self._policy, batch), batch),
+            lambda batch: values_of(self._head, predicting_hidden_states(self._policy, batch), batch),
         )  # fmt: skip
 
     @phase("forward")
@@ -206,7 +206,7 @@ class OneTrunk:
     ) -> tuple[dict[str, float], float]:
         sums: dict[str, float] = {}
         with torch.set_grad_enabled(teaches_policy):
-            hidden = hidden_states(self._policy, part.batch)
+            hidden = predicting_hidden_states(self._policy, part.batch)
         values = values_of(self._head, hidden, part.batch)
         loss = self._section.value_coef * _value_loss(self._section, values, part, signal, count, sums)
         deviation = 0.0

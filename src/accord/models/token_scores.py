@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from accord.errors import ConfigError
 from accord.models.compiled import trunk_of
 from accord.models.heads import scalar_head, score_head
+from accord.models.last_block import most_read, only_at
 from accord.models.layout import CompletionBatch
 from accord.models.precision import lowered, reading
 from accord.models.projection import LogitTransform, token_logprobs
@@ -29,6 +30,7 @@ __all__ = [
     "hidden_states",
     "last_hidden_states",
     "logit_transform",
+    "predicting_hidden_states",
     "predicting_states",
     "score_completions",
     "score_tokens",
@@ -67,7 +69,7 @@ def score_tokens(
     `chunk_rows` is `token_logprobs`'.
     """
     return tokens_of(
-        model, hidden_states(model, batch), batch,
+        model, hidden_states(model, batch, _predicting_places(batch, _scored(batch, mask))), batch,
         temperature=temperature, with_entropy=with_entropy, mask=mask, chunk_rows=chunk_rows,
     )  # fmt: skip
 
@@ -83,9 +85,9 @@ def tokens_of(
     chunk_rows: int | None = None,
 ) -> TokenScores:
     """`score_tokens` from the model's hidden states (R, L, H), for whoever needs these for something else as well."""
-    scored = batch.valid_mask if mask == "valid" else batch.completion_mask
+    scored = _scored(batch, mask)
     head = model.get_output_embeddings()
-    hidden, weight = lowered(_predicting(hidden, batch, scored), head.weight)
+    hidden, weight = lowered(_at(hidden, _predicting_places(batch, scored)), head.weight)
     logprobs, entropies = token_logprobs(
         hidden,
         weight,
@@ -102,15 +104,19 @@ def tokens_of(
 
 def score_values(value_model: Any, batch: CompletionBatch) -> Tensor:
     """(C, T) value before each completion token: the head on the hidden state that predicts it. 0 where no token is."""
-    return values_of(scalar_head(value_model), hidden_states(value_model, batch), batch)
+    return values_of(scalar_head(value_model), predicting_hidden_states(value_model, batch), batch)
+
+
+def predicting_hidden_states(model: Any, batch: CompletionBatch) -> Tensor:
+    """(R, L, H) for `tokens_of` and `values_of`."""
+    return hidden_states(model, batch, _predicting_places(batch, batch.valid_mask))
 
 
 def values_of(head: Any, hidden: Tensor, batch: CompletionBatch) -> Tensor:
     """`score_values` from hidden states (R, L, H) and a head on them, H to 1."""
     # The head runs everywhere: H multiplications a place cost less than gathering and scattering H numbers a token.
     values = _read_by(head, hidden).flatten()
-    places = (batch.row_index[:, None] * hidden.shape[1] + batch.predict_index)[batch.valid_mask]
-    return spread(values.index_select(0, places), batch.valid_mask)
+    return spread(values.index_select(0, _predicting_places(batch, batch.valid_mask)), batch.valid_mask)
 
 
 def head_scores(reward_model: Any, batch: CompletionBatch) -> Tensor:
@@ -126,26 +132,35 @@ def score_completions(reward_model: Any, batch: CompletionBatch) -> Tensor:
 def token_head_scores(reward_model: Any, batch: CompletionBatch) -> Tensor:
     """(C, T, K) score by each head of each completion as far as token t: the heads on that token's hidden state. 0,
     without gradient, where there is no token."""
-    hidden = hidden_states(reward_model, batch)
+    places = batch.row_index[:, None] * batch.input_ids.shape[1] + batch.token_index
+    hidden = hidden_states(reward_model, batch, places[batch.valid_mask])
     scores = _read_by(score_head(reward_model), hidden).flatten(0, 1)
-    places = batch.row_index[:, None] * hidden.shape[1] + batch.token_index
     return torch.where(batch.valid_mask[:, :, None], scores[places], 0.0)
 
 
 def last_hidden_states(model: Any, batch: CompletionBatch) -> Tensor:
     """(C, H) hidden state at each completion's last token."""
-    hidden = hidden_states(model, batch)
-    places = batch.row_index * hidden.shape[1] + batch.last_index
-    return hidden.flatten(0, 1).index_select(0, places)
+    places = batch.row_index * batch.input_ids.shape[1] + batch.last_index
+    return _at(hidden_states(model, batch, places), places)
 
 
 def predicting_states(model: Any, batch: CompletionBatch, scored: Tensor) -> Tensor:
     """(N, H) hidden states that predict the True tokens of `scored` (C, T), row by row."""
-    return _predicting(hidden_states(model, batch), batch, scored)
+    places = _predicting_places(batch, scored)
+    return _at(hidden_states(model, batch, places), places)
 
 
-def _predicting(hidden: Tensor, batch: CompletionBatch, scored: Tensor) -> Tensor:
-    places = (batch.row_index[:, None] * hidden.shape[1] + batch.predict_index)[scored]
+def _scored(batch: CompletionBatch, mask: Literal["loss", "valid"]) -> Tensor:
+    return batch.valid_mask if mask == "valid" else batch.completion_mask
+
+
+def _predicting_places(batch: CompletionBatch, scored: Tensor) -> Tensor:
+    """(N,) places, counted through all rows, whose hidden states predict the True tokens of `scored` (C, T)."""
+    return (batch.row_index[:, None] * batch.input_ids.shape[1] + batch.predict_index)[scored]
+
+
+def _at(hidden: Tensor, places: Tensor) -> Tensor:
+    """(N, H) hidden states at places (N,) counted through all rows."""
     return hidden.flatten(0, 1).index_select(0, places)
 
 
@@ -178,8 +193,9 @@ def spread(values: Tensor, mask: Tensor) -> Tensor:
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
-def hidden_states(model: Any, batch: CompletionBatch) -> Tensor:
-    """(R, L, H) what the trunk makes of every place of the batch's rows."""
+def hidden_states(model: Any, batch: CompletionBatch, read: Tensor) -> Tensor:
+    """(R, L, H) what the trunk makes of the places `read` (N,), counted through the batch's rows; elsewhere it may be
+    anything."""
     if batch.attention_mask.dim() == 2:
         # Under a causal mask no token sees the padding to its right, so padding may pass for real: only then does the
         # fast causal kernel run. The model counts positions by itself.
@@ -198,8 +214,17 @@ def hidden_states(model: Any, batch: CompletionBatch) -> Tensor:
             "use another architecture (llama, qwen, mistral, gemma, phi, olmo, gpt2, ...)"
         )
     with reading(batch.input_ids.device), recomputing(model.base_model):
-        passing(model, batch.input_ids, inputs["attention_mask"])
-        return trunk_of(model)(input_ids=batch.input_ids, use_cache=False, **inputs).last_hidden_state
+        trunk = trunk_of(model)
+        marked = _marked(batch.input_ids, read)
+        places = most_read(trunk, marked)
+        passing(model, batch.input_ids, inputs["attention_mask"], read=None if places is None else marked)
+        with only_at(trunk, places):
+            return trunk(input_ids=batch.input_ids, use_cache=False, **inputs).last_hidden_state
+
+
+def _marked(like: Tensor, places: Tensor) -> Tensor:
+    """(R, L) bool, True at places (N,) counted through all rows of `like`."""
+    return torch.zeros_like(like, dtype=torch.bool).view(-1).index_fill_(0, places, True).view_as(like)
 
 
 def _as_model_mask(model: Any, mask: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class Observer:
     trained: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
-    _trunks: dict[tuple[int, bool], Trunk] = field(default_factory=dict)
+    _trunks: dict[tuple[int, bool], tuple[Trunk, Trunk]] = field(default_factory=dict)
     _models: dict[int, Any] = field(default_factory=dict)  # by their trunk's id, which stays theirs while they live
 
     def __post_init__(self) -> None:
@@ -94,7 +94,7 @@ class Observer:
 
     # --- what is seen ------------------------------------------------------------------------------------------------
 
-    def passing(self, model: Any, ids: Tensor, mask: Any, cached: int, logits: bool) -> None:
+    def passing(self, model: Any, ids: Tensor, mask: Any, cached: int, logits: bool, read: Any) -> None:
         with self.clock.stopped():
             trunk = getattr(model, "base_model", None)
             if trunk is None:
@@ -104,11 +104,13 @@ class Observer:
             adapted = not _adapters_off(trunk)
             if (id(trunk), adapted) not in self._trunks:
                 self._trunks[id(trunk), adapted] = trunk_of(trunk, adapted=adapted)
-            made = self._trunks[id(trunk), adapted]
+            body, top = self._trunks[id(trunk), adapted]
             seen = _pass_size(ids, mask, trunk.config, cached)
-            self._note(made, seen.tokens_run, trunk)
-            useful = trunk_flops(seen.tokens, seen.pairs, made)
-            run = trunk_flops(seen.tokens_run, seen.pairs_run, made)
+            narrow = seen if read is None else _pass_size(ids, mask, trunk.config, cached, read)
+            self._note(body, seen.tokens_run, trunk)
+            useful = trunk_flops(seen.tokens, seen.pairs, body) + trunk_flops(narrow.tokens, narrow.pairs, top)
+            run = trunk_flops(seen.tokens_run, seen.pairs_run, body)
+            run += trunk_flops(narrow.tokens_run, narrow.pairs_run, top)
             if logits:
                 outputs, inputs = model.get_output_embeddings().weight.shape
                 head = Flops(matrix_flops(len(ids), Matrix(inputs, outputs)).forward, 0.0)
@@ -172,25 +174,30 @@ class _Size:
     pairs_run: float
 
 
-def _pass_size(ids: Tensor, mask: Any, config: Any, cached: int) -> _Size:
+def _pass_size(ids: Tensor, mask: Any, config: Any, cached: int, read: Tensor | None = None) -> _Size:
     """Padding is known by its id, for some passes take it for real on purpose; behind a cache there is none. A mask
-    written out is run in full, pairs it hides included; under a causal one only what it shows is run."""
+    written out is run in full, pairs it hides included; under a causal one only what it shows is run. With `read`, of
+    a pass whose queries are these places alone, in every row as many as in the row with most, under a mask."""
     rows, length = ids.shape
     if cached:  # finished rows cannot be told here
         return _Size(rows * length, rows * length, float(mask.sum()), float(mask.numel()))
     pad_id = config.get_text_config().pad_token_id
     real = torch.ones_like(ids, dtype=torch.bool) if pad_id is None else ids != pad_id
-    counts = real.sum(1).double()
-    if isinstance(mask, Tensor) and mask.dim() == 4:
-        visible = mask if mask.dtype == torch.bool else mask == 0
-        pairs = float((visible[:, 0] & real[:, :, None] & real[:, None, :]).sum())
-        return _Size(int(counts.sum()), rows * length, pairs, float(rows * length * length))
-    pairs = float((counts * (counts + 1) / 2).sum())
-    return _Size(int(counts.sum()), rows * length, pairs, rows * causal_pairs(length))
+    queries = real if read is None else real & read
+    written_out = isinstance(mask, Tensor) and mask.dim() == 4
+    if written_out:
+        visible = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
+        pairs = float((visible & queries[:, :, None] & real[:, None, :]).sum())
+    else:
+        pairs = float((real.cumsum(1) * queries).sum())
+    run = length if read is None else max(1, int(read.sum(1).max()))
+    pairs_run = run * length if written_out or read is not None else causal_pairs(length)
+    return _Size(int(queries.sum()), rows * run, pairs, float(rows * pairs_run))
 
 
-def trunk_of(trunk: Any, *, adapted: bool = True) -> Trunk:
-    """What a trunk computes, from its modules. `adapted` False leaves out adapters that are switched off.
+def trunk_of(trunk: Any, *, adapted: bool = True) -> tuple[Trunk, Trunk]:
+    """What a trunk computes, from its modules, and apart from the rest what of its last block runs only where its
+    result is read: all but keys and values. `adapted` False leaves out adapters that are switched off.
 
     A gradient reaches everything above the lowest thing that is trained, and within the lowest block that trains
     anything all of it is taken to be reached, though not every matrix there need be.
@@ -204,7 +211,7 @@ def trunk_of(trunk: Any, *, adapted: bool = True) -> Trunk:
     def reached(name: str) -> bool:
         return lowest is not None and _depth(name) >= lowest
 
-    matrices = []
+    body, top = [], []
     for name, module in trunk.named_modules():
         weight = dict(module.named_parameters(recurse=False)).get("weight")  # an adapted layer shows its base's, too
         if weight is None or isinstance(module, nn.Embedding) or (not adapted and ".lora_" in name):
@@ -213,9 +220,10 @@ def trunk_of(trunk: Any, *, adapted: bool = True) -> Trunk:
         if weight.dim() != 2 and not hasattr(module, "in_features"):
             continue
         shape = getattr(module, "in_features", weight.shape[0]), getattr(module, "out_features", weight.shape[1])
-        matrices.append(Matrix(*shape, weight.requires_grad, reached(name)))
-    attentions = [Attention(width, lowest is not None and i >= lowest) for i in range(config.num_hidden_layers)]
-    return Trunk(tuple(matrices), tuple(attentions))
+        narrow = _depth(name) == config.num_hidden_layers - 1 and ".k_proj" not in name and ".v_proj" not in name
+        (top if narrow else body).append(Matrix(*shape, weight.requires_grad, reached(name)))
+    *below, last = (Attention(width, lowest is not None and i >= lowest) for i in range(config.num_hidden_layers))
+    return Trunk(tuple(body), tuple(below)), Trunk(tuple(top), (last,))
 
 
 def _depth(name: str) -> int:

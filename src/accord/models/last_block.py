@@ -1,0 +1,105 @@
+"""The last block of a Llama-like trunk, run only where its result is read.
+
+Nothing looks at the last block's result but a head, and a head reads completions: the prompt's places are there for
+the keys and values that earlier blocks and this one make of them. So of the last block
+
+    k, v = k(n x), v(n x)                       at all L places of a row
+    x = x + o(attention(q(n x), k, v))          at the Q places that are read      n: root-mean-square norm
+    x = x + down(silu(gate(n x)) * up(n x))     at these as well
+
+The values are those of the block itself up to rounding. Legend: R rows, L places, Q read places of the row that has
+most, H hidden size, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LlamaModel, MistralModel, Qwen2Model
+from transformers.models.llama.modeling_llama import rotate_half
+
+__all__ = ["most_read", "only_at"]
+
+# Trunks whose blocks are these equations and nothing else; a subclass may be something else.
+_KINDS = (LlamaModel, Qwen2Model, MistralModel)
+# Above this share of a row's places, gathering costs what it saves.
+_WORTH_IT = 0.75
+
+
+def most_read(trunk: Any, read: Tensor) -> Tensor | None:
+    """(R, Q) places of each row to run the last block at, the read ones first, from `read` (R, L) bool; None where the
+    block runs whole: another architecture, attention written out, recomputed activations, or hardly less to do."""
+    if type(trunk) not in _KINDS or trunk.config._attn_implementation != "sdpa":
+        return None
+    block = trunk.layers[-1]
+    if block.training or "forward" in vars(block):
+        return None
+    count = max(1, int(read.sum(1).max()))  # products of nothing have no shape
+    if count > _WORTH_IT * read.shape[1]:
+        return None
+    return read.byte().argsort(dim=1, descending=True, stable=True)[:, :count]
+
+
+@contextmanager
+def only_at(trunk: Any, places: Tensor | None) -> Iterator[None]:
+    """For a forward pass of the trunk: its last block runs at `places` (R, Q) of each row, and its result is 0, without
+    gradient, at all others. None = it runs whole."""
+    if places is None:
+        yield
+        return
+    block = trunk.layers[-1]
+    block.forward = partial(_block_at, block, places)
+    try:
+        yield
+    finally:
+        del block.forward
+
+
+def _block_at(
+    block: Any,
+    places: Tensor,
+    hidden: Tensor,
+    *,
+    attention_mask: Tensor | None,
+    position_embeddings: tuple[Tensor, Tensor],
+    **_: Any,
+) -> Tensor:
+    """The block's result (R, L, H) from what enters it, `hidden` (R, L, H), at `places` (R, Q)."""
+    index = places[:, :, None].expand(-1, -1, hidden.shape[2])
+    x = hidden.gather(1, index)
+    x = x + _attention_at(block.self_attn, block.input_layernorm(hidden), places, attention_mask, position_embeddings)
+    x = x + block.mlp(block.post_attention_layernorm(x))
+    return torch.zeros_like(hidden, dtype=x.dtype).scatter(1, index, x)
+
+
+def _attention_at(
+    attention: Any, hidden: Tensor, places: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor]
+) -> Tensor:
+    """(R, Q, H) the attention's result, from its normed input (R, L, H)."""
+    rows, length, width = hidden.shape
+    cos, sin = (numbers.expand(rows, -1, -1)[:, None] for numbers in rope)  # (R, 1, L, D)
+
+    def heads(projected: Tensor) -> Tensor:
+        return projected.view(rows, projected.shape[1], -1, attention.head_dim).transpose(1, 2)
+
+    def at(numbers: Tensor) -> Tensor:
+        return numbers.gather(2, places[:, None, :, None].expand(-1, 1, -1, numbers.shape[3]))
+
+    keys, values = heads(attention.k_proj(hidden)), heads(attention.v_proj(hidden))
+    keys = keys * cos + rotate_half(keys) * sin
+    queries = heads(attention.q_proj(hidden.gather(1, places[:, :, None].expand(-1, -1, width))))
+    queries = queries * at(cos) + rotate_half(queries) * at(sin)
+    if mask is None:
+        mask = torch.arange(length, device=places.device) <= places[:, None, :, None]
+    else:
+        mask = at(mask.expand(rows, -1, -1, -1))
+    attended = F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=mask, scale=attention.scaling, enable_gqa=queries.shape[1] != keys.shape[1]
+    )
+    return attention.o_proj(attended.transpose(1, 2).reshape(rows, places.shape[1], -1))
