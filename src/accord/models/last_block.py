@@ -24,6 +24,8 @@ from torch.nn import functional as F
 from transformers import LlamaModel, MistralModel, Qwen2Model
 from transformers.models.llama.modeling_llama import rotate_half
 
+from accord.models.shared_attention import rows_of
+
 __all__ = ["most_read", "only_at"]
 
 # Trunks whose blocks are these equations and nothing else; a subclass may be something else.
@@ -32,16 +34,18 @@ _KINDS = (LlamaModel, Qwen2Model, MistralModel)
 _WORTH_IT = 0.75
 
 
-def most_read(trunk: Any, read: Tensor) -> Tensor | None:
+def most_read(trunk: Any, read: Tensor, mask: Tensor | None = None) -> Tensor | None:
     """(R, Q) places of each row to run the last block at, the read ones first, from `read` (R, L) bool; None where the
-    block runs whole: another architecture, attention written out, recomputed activations, or hardly less to do."""
+    block runs whole: another architecture, attention written out, recomputed activations, or hardly less to do, also
+    because attention under this mask is split and the split computes fewer pairs than L for each read place."""
     if type(trunk) not in _KINDS or trunk.config._attn_implementation != "sdpa":
         return None
     block = trunk.layers[-1]
     if block.training or "forward" in vars(block):
         return None
     count = max(1, int(read.sum(1).max()))  # products of nothing have no shape
-    if count > _WORTH_IT * read.shape[1]:
+    split = rows_of(mask)
+    if count > _WORTH_IT * read.shape[1] or (split is not None and count * read.numel() > split.pairs):
         return None
     return read.byte().argsort(dim=1, descending=True, stable=True)[:, :count]
 

@@ -21,6 +21,7 @@ from accord.models.layout import CompletionBatch
 from accord.models.precision import lowered, reading
 from accord.models.projection import LogitTransform, token_logprobs
 from accord.models.recompute import recomputing
+from accord.models.shared_attention import splitting
 from accord.phases import passing
 
 __all__ = [
@@ -207,7 +208,7 @@ def hidden_states(model: Any, batch: CompletionBatch, read: Tensor) -> Tensor:
                 f"a prompt and completion of {batch.longest} tokens exceed {type(model).__name__}'s attention window "
                 f"of {window}: the shared layout's mask would replace the window; use the plain layout"
             )
-        inputs = {"position_ids": batch.position_ids, "attention_mask": _as_model_mask(model, batch.attention_mask)}
+        inputs = {"position_ids": batch.position_ids, "attention_mask": _as_model_mask(model, batch)}
     if model.base_model is model:
         raise ConfigError(
             f"{type(model).__name__} does not tell its trunk from its head, so token scores cannot be computed; "
@@ -216,7 +217,7 @@ def hidden_states(model: Any, batch: CompletionBatch, read: Tensor) -> Tensor:
     with reading(batch.input_ids.device), recomputing(model.base_model):
         trunk = trunk_of(model)
         marked = _marked(batch.input_ids, read)
-        places = most_read(trunk, marked)
+        places = most_read(trunk, marked, inputs["attention_mask"])
         passing(model, batch.input_ids, inputs["attention_mask"], read=None if places is None else marked)
         with only_at(trunk, places):
             return trunk(input_ids=batch.input_ids, use_cache=False, **inputs).last_hidden_state
@@ -227,11 +228,11 @@ def _marked(like: Tensor, places: Tensor) -> Tensor:
     return torch.zeros_like(like, dtype=torch.bool).view(-1).index_fill_(0, places, True).view_as(like)
 
 
-def _as_model_mask(model: Any, mask: Tensor) -> Tensor:
+def _as_model_mask(model: Any, batch: CompletionBatch) -> Tensor:
     """The boolean mask for scaled-dot-product attention; the additive one for attention written out in Python."""
-    kind = model.config._attn_implementation
+    kind, mask = model.config._attn_implementation, batch.attention_mask
     if kind == "sdpa":
-        return mask
+        return splitting(batch)
     if kind == "eager":
         return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(
             ~mask, torch.finfo(model.dtype).min

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from accord.models.shared_attention import rows_of
 from accord.phases import Clock
 from accord.profiling.flops import Attention, Flops, Matrix, Trunk, causal_pairs, matrix_flops, trunk_flops
 
@@ -176,8 +177,9 @@ class _Size:
 
 def _pass_size(ids: Tensor, mask: Any, config: Any, cached: int, read: Tensor | None = None) -> _Size:
     """Padding is known by its id, for some passes take it for real on purpose; behind a cache there is none. A mask
-    written out is run in full, pairs it hides included; under a causal one only what it shows is run. With `read`, of
-    a pass whose queries are these places alone, in every row as many as in the row with most, under a mask."""
+    written out is run in full, pairs it hides included, unless attention is split; under a causal one only what it
+    shows is run. With `read`, of a pass whose queries are these places alone, in every row as many as in the row with
+    most, under a mask."""
     rows, length = ids.shape
     if cached:  # finished rows cannot be told here
         return _Size(rows * length, rows * length, float(mask.sum()), float(mask.numel()))
@@ -191,8 +193,12 @@ def _pass_size(ids: Tensor, mask: Any, config: Any, cached: int, read: Tensor | 
     else:
         pairs = float((real.cumsum(1) * queries).sum())
     run = length if read is None else max(1, int(read.sum(1).max()))
-    pairs_run = run * length if written_out or read is not None else causal_pairs(length)
-    return _Size(int(queries.sum()), rows * run, pairs, float(rows * pairs_run))
+    split = rows_of(mask)
+    if split is not None and read is None:
+        pairs_run = float(split.pairs)
+    else:
+        pairs_run = float(rows * (run * length if written_out or read is not None else causal_pairs(length)))
+    return _Size(int(queries.sum()), rows * run, pairs, pairs_run)
 
 
 def trunk_of(trunk: Any, *, adapted: bool = True) -> tuple[Trunk, Trunk]:

@@ -1,0 +1,134 @@
+"""Attention in rows that share a prompt, without most of the pairs that their mask hides.
+
+A row of the shared layout is `prompt + completion 1 + ... + completion n`. Under its mask a kernel computes all L x L
+pairs of a row, though a completion sees the prompt and itself alone. Here the same attention is computed in two parts:
+
+    prompts       P x P, causal, once a row
+    completions   T x (P + T) each: queries of one completion, keys of its prompt and its own
+
+so that cost grows with the number of completions, not with its square. Values are those of the masked kernel up to
+rounding. The prompt's keys and values are copied for every completion, T + P places each.
+
+Every model whose attention transformers looks up by the name "sdpa" takes part. Our function stands under that name and
+is the library's own, but for masks that it was told of by `splitting`.
+
+Legend: R rows, L places of a row, C completions, T tokens of the longest, P tokens of the longest prompt, A heads, D
+head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from accord.models.layout import CompletionBatch
+
+__all__ = ["SharedRows", "rows_of", "splitting"]
+
+
+@dataclass(frozen=True, slots=True)
+class SharedRows:
+    """Where rows of L places are cut; places are counted through all rows.
+
+    prompt   int                 P
+    queries  (C, T) int64        places of a completion's tokens; any where it has none
+    keys     (C, P + T) int64    places of its prompt and of its tokens; any where there are none
+    seen     (C, 1, T, P + T) bool   what each query sees of these keys
+    source   (R, L) int64        the result of each place among those of R * P prompt places and C * T queries
+    """
+
+    prompt: int
+    queries: Tensor
+    keys: Tensor
+    seen: Tensor
+    source: Tensor
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a query and a key that are computed; kernels do not leave out half of a short prompt's."""
+        return self.source.shape[0] * self.prompt**2 + self.seen.numel()
+
+
+# Of the pairs under a mask, above which copies cost what the split saves.
+_WORTH_IT = 0.5
+# By mask, which every block hands on to its attention: a plan needs no way of its own through the model, and a block
+# that runs again in the backward pass finds the same one.
+_ROWS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def splitting(batch: CompletionBatch) -> Tensor:
+    """The batch's mask (R, 1, L, L), attention under which is split from here on where that pays."""
+    mask = batch.attention_mask
+    if mask not in _ROWS:
+        rows = _rows(batch) if batch.valid_mask.any() else None
+        _ROWS[mask] = rows if rows is not None and rows.pairs <= _WORTH_IT * mask.numel() else None
+    return mask
+
+
+def rows_of(mask: Any) -> SharedRows | None:
+    """How attention under this mask is split; None = it is not. Compiled code computes it whole."""
+    if not isinstance(mask, Tensor) or torch.compiler.is_compiling():
+        return None
+    return _ROWS.get(mask)
+
+
+def _rows(batch: CompletionBatch) -> SharedRows:
+    (count, width), (rows, length) = batch.completion_ids.shape, batch.input_ids.shape
+    device = batch.input_ids.device
+    first = batch.row_index[:, None] * length
+    # In front of its first token a completion has its prompt; an empty one ends in it.
+    begun = torch.where(batch.valid_mask[:, :1], batch.predict_index[:, :1], batch.last_index[:, None])
+    prompts = begun[:, :1] + 1
+    prompt = int(prompts.max())
+    steps = torch.arange(prompt, device=device)
+    queries = first + batch.token_index
+    seen = torch.cat(
+        (
+            (steps < prompts)[:, None].expand(-1, width, -1),
+            torch.ones(width, width, dtype=torch.bool, device=device).tril().expand(count, -1, -1),
+        ),
+        dim=2,
+    )
+    source = torch.zeros(rows, length, dtype=torch.int64, device=device)
+    source[:, :prompt] = torch.arange(rows * prompt, device=device).view(rows, prompt)
+    numbers = rows * prompt + torch.arange(count * width, device=device).view(count, width)
+    source.view(-1)[queries[batch.valid_mask]] = numbers[batch.valid_mask]
+    return SharedRows(
+        prompt=prompt,
+        queries=queries,
+        keys=torch.cat((first + steps, queries), dim=1),
+        seen=seen[:, None],
+        source=source,
+    )
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+) -> tuple[Tensor, None]:
+    """(R, L, A, D) from queries (R, A, L, D), keys and values; what transformers calls for "sdpa"."""
+    rows = rows_of(attention_mask)
+    if rows is None or settings.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    settings.pop("is_causal", None)
+    prompts, _ = sdpa_attention_forward(
+        module, *(x[:, :, : rows.prompt] for x in (query, key, value)), None, is_causal=True, **settings
+    )
+    completions, _ = sdpa_attention_forward(
+        module, _at(query, rows.queries), _at(key, rows.keys), _at(value, rows.keys), rows.seen, **settings
+    )
+    results = torch.cat((prompts.flatten(0, 1), completions.flatten(0, 1)))
+    return results.index_select(0, rows.source.flatten()).unflatten(0, rows.source.shape), None
+
+
+def _at(x: Tensor, places: Tensor) -> Tensor:
+    """(C, A, N, D) of (R, A, L, D) at places (C, N) counted through all rows."""
+    return x.transpose(1, 2).flatten(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
+
+
+ALL_ATTENTION_FUNCTIONS.register("sdpa", _attention)
