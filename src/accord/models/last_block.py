@@ -36,12 +36,12 @@ _WORTH_IT = 0.75
 
 def most_read(trunk: Any, read: Tensor, mask: Tensor | None = None) -> Tensor | None:
     """(R, Q) places of each row to run the last block at, the read ones first, from `read` (R, L) bool; None where the
-    block runs whole: another architecture, attention written out, recomputed activations, or hardly less to do, also
-    because attention under this mask is split and the split computes fewer pairs than L for each read place."""
+    block runs whole: another architecture, attention written out, or hardly less to do, also because attention under
+    this mask is split and computes fewer pairs than L for each read place."""
     if type(trunk) not in _KINDS or trunk.config._attn_implementation != "sdpa":
         return None
     block = trunk.layers[-1]
-    if block.training or "forward" in vars(block):
+    if "forward" in vars(block):
         return None
     count = max(1, int(read.sum(1).max()))  # products of nothing have no shape
     split = rows_of(mask)
@@ -58,11 +58,18 @@ def only_at(trunk: Any, places: Tensor | None) -> Iterator[None]:
         yield
         return
     block = trunk.layers[-1]
-    block.forward = partial(_block_at, block, places)
+    block.forward = partial(_run, block, places)
     try:
         yield
     finally:
         del block.forward
+
+
+def _run(block: Any, places: Tensor, hidden: Tensor, **inputs: Any) -> Tensor:
+    narrow = partial(_block_at, block, places, **inputs)
+    if block.training and block.gradient_checkpointing:  # what transformers wraps around a block's own forward
+        return block._gradient_checkpointing_func(narrow, hidden)
+    return narrow(hidden)
 
 
 def _block_at(
