@@ -129,6 +129,12 @@ _MODEL_AND_DATA = {
     "model.model_path": "model.path",
     "model.peft_config": "model.adapter",
     "load_in_4bit": "model.quantise",
+    "bf16": "model.precision",
+    "fp16": "model.precision",
+    "dtype": "model.precision",
+    "ds.param_dtype": "model.precision",
+    "gradient_checkpointing": "model.activation_checkpointing",
+    "torch_compile": "model.compile",
     "num_shared_layers": "model.trainable_blocks",
     "model.num_layers_unfrozen": "model.trainable_blocks",
     "model.adapter.r": "rank",
@@ -229,7 +235,6 @@ _OPENRLHF = {
 RENAMED = MappingProxyType(_BATCHES | _OPTIMISER | _PPO | _FIXED_DATA | _MODEL_AND_DATA | _TRLX | _OPENRLHF)
 
 _LOGS = "there is no such option: every step is in metrics.jsonl, and report.html needs no service"
-_FULL = "there is no such option: weights and optimiser are float32"
 _VALUE = "there is no such option: the value model has all its weights to itself, or none; see `value_trunk`"
 _RESUME = "there is no such option: run the same command again, and it continues bit for bit"
 _STOP = "there is no such option: an answer ends at the chat template's end of turn or the tokenizer's end token"
@@ -240,13 +245,12 @@ ABSENT = MappingProxyType(
     dict.fromkeys(
         ("logging_steps", "report_to", "log_with", "tracker_project_name", "use_wandb", "train.tracker"), _LOGS
     )
-    | dict.fromkeys(("bf16", "fp16", "dtype", "ds.param_dtype"), _FULL)
     | {"method.num_value_layers_unfrozen": _VALUE}
     | dict.fromkeys(
         ("resume_from_checkpoint", "train.resume_from_checkpoint", "load_checkpoint", "ckpt.load_enable"), _RESUME
     )
     | dict.fromkeys(("stop_token", "stop_token_id", "stop_sequences"), _STOP)
-    | dict.fromkeys(("gradient_checkpointing", "ds3_gather_for_generation", "zero_stage", "ds.zero_stage"), _ONE)
+    | dict.fromkeys(("ds3_gather_for_generation", "zero_stage", "ds.zero_stage"), _ONE)
     | dict.fromkeys(("whiten_rewards",), _WHITEN)
     | {
         "ratio_threshold": "there is no such option: `update_kl_stop` ends the updates of a rollout that moved too far",

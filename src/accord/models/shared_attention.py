@@ -116,8 +116,9 @@ def _attention(
     if rows is None or settings.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     settings.pop("is_causal", None)
+    begin = slice(rows.prompt)
     prompts, _ = sdpa_attention_forward(
-        module, *(x[:, :, : rows.prompt] for x in (query, key, value)), None, is_causal=True, **settings
+        module, query[:, :, begin], key[:, :, begin], value[:, :, begin], None, is_causal=True, **settings
     )
     completions, _ = sdpa_attention_forward(
         module, _at(query, rows.queries), _at(key, rows.keys), _at(value, rows.keys), rows.seen, **settings
