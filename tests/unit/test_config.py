@@ -227,6 +227,18 @@ def test_an_override_that_cannot_be_read_is_refused(tmp_path: Path, text: str) -
         load_recipe(written(tmp_path, "seed: 1\n"), [text])
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model.adapter={ranks: {q_proj:2}}", r"ranks\.q_proj:2`: .*found None; YAML wants a space .*: `q_proj: 2`"),
+        ("ppo={kl_coef:0.1}", r"unknown key `ppo\.kl_coef:0\.1`; YAML wants a space .*: `kl_coef: 0\.1`"),
+    ],
+)
+def test_a_colon_without_a_space_is_pointed_out(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(None, [text])
+
+
 def test_a_value_cannot_be_used_as_a_section() -> None:
     with pytest.raises(ConfigError, match="'seed' is a value, not a section"):
         load_recipe(None, ["seed=1", "seed.x=1"])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from accord.config import PPOConfig, RFTConfig, RLOOConfig, SFTConfig
 from accord.errors import TrainingError
+from accord.evaluation.compare import Contestant, reference_perplexity
 from accord.methods.candidates import Drawing
 from accord.methods.learners import rloo
 from accord.methods.offline import OfflineTrainer
@@ -21,11 +22,12 @@ from accord.methods.ppo import PPOTrainer
 from accord.methods.ptx import Imitation
 from accord.methods.reference import reference_logprobs
 from accord.methods.rft import RFTTrainer
-from accord.methods.sft import SFTObjective
+from accord.methods.sft import SFTObjective, held_out_loss
 from accord.models import token_scores
 from accord.models.load import reward_model_from
-from accord.models.memory import MicroBatches, OutOfMemory, one_pass
-from accord.records import TokenCompletion, TokenGroup
+from accord.models.memory import MicroBatches, OutOfMemory, asked_for, one_pass
+from accord.records import ScoreRequest, TokenCompletion, TokenGroup
+from accord.rewards.scorers import ModelScorer
 from models_support import PAD_ID, tiny_model
 from online_support import prompts, rollout_cast, weights
 
@@ -157,8 +159,39 @@ def test_the_reference_is_read_in_smaller_passes(monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_torch_says_on_this_machine_is_understood() -> None:
-    with pytest.raises(OutOfMemory), one_pass(DEMONSTRATIONS):
+    with pytest.raises(OutOfMemory) as caught, one_pass(DEMONSTRATIONS):
         torch.empty(2**50, dtype=torch.uint8)
+    assert caught.value.reason == f"tried to allocate {2**50} bytes"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has 1 GiB free.", "tried to allocate 2.50 GiB"),
+        ("CUDA is full. Buy another.", "CUDA is full"),
+    ],
+)
+def test_of_what_torch_says_the_part_that_helps_is_kept(text: str, reason: str) -> None:
+    assert asked_for(torch.OutOfMemoryError(text)) == reason
+
+
+def test_evaluation_and_reward_models_name_what_they_were_doing(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, cast = Memory(monkeypatch, backward=False), rollout_cast()
+    memory.limit = 0
+    judge = ModelScorer(
+        reward_model_from(cast.policy, 1), cast.template, name="the reward model rm",
+        micro_batch_tokens=64, max_tokens=64, max_prompt_tokens=None,
+    )  # fmt: skip
+    request = ScoreRequest(prompts()[0][0].prompt, "a b", prompt_id=0, finished=True)
+    judged = Contestant("mine", cast.policy, cast.template)
+    passes: dict[str, Any] = {
+        "scoring by the reward model rm": lambda: judge.score([request]),
+        "evaluating mine": lambda: reference_perplexity(judged, DEMONSTRATIONS, 64),
+        "evaluating on held-out data": lambda: held_out_loss(cast.policy, DEMONSTRATIONS, "plain", PAD_ID, 64),
+    }
+    for doing, work in passes.items():
+        with pytest.raises(OutOfMemory, match=rf"while {doing}, in .*: tried to allocate 2.00 GiB\. Lower `micro_"):
+            work()
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -134,6 +135,49 @@ def test_samples_do_not_depend_on_the_batch_size(model: PreTrainedModel, max_bat
     found = _sampler(model, max_batch_sequences).generate(PROMPTS, 4, SAMPLING, KEY)
     for a, b in zip(found, expected, strict=True):
         _assert_same(a, b)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_batch_without_memory_is_sampled_in_halves(
+    model: PreTrainedModel, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory for 3 sequences at once, found to be missing before the first token or at the second."""
+    expected = _sampler(model).generate(PROMPTS, 4, SAMPLING, KEY)
+    sizes: list[int] = []
+    prefill, following = NativeSampler._prefill, NativeSampler._next_logits
+
+    def first(self: Any, prompts: Any, rows: Any, room: int) -> Any:
+        sizes.append(len(rows))
+        if not late and len(rows) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 is full.")
+        return prefill(self, prompts, rows, room)
+
+    def second(self: Any, tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if late and len(tokens) > 3:
+            raise RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate: you tried to allocate 9 bytes. ")
+        return following(self, tokens, *rest)
+
+    monkeypatch.setattr(NativeSampler, "_prefill", first)
+    monkeypatch.setattr(NativeSampler, "_next_logits", second)
+    said = r"out of memory while sampling 8 sequences .*: tried to allocate (2.00 GiB|9 bytes); .*`max_new_tokens`"
+    sampler = _sampler(model, 8)
+    with pytest.warns(UserWarning, match=said) as told:
+        found = sampler.generate(PROMPTS, 4, SAMPLING, KEY)
+    assert len(told) == 1
+    assert sizes[:4] == [8, 4, 2, 2]
+    for a, b in zip(found, expected, strict=True):
+        _assert_same(a, b)
+
+
+def test_a_single_sequence_without_memory_is_one_clear_error(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 is full.")
+
+    monkeypatch.setattr(NativeSampler, "_prefill", fail)
+    with pytest.raises(TrainingError, match=r"a single sequence .* 8 tokens and 10 new .*2\.00 GiB\. Lower `max_new"):
+        _sampler(model, 1).generate(PROMPTS, 1, SAMPLING, KEY)
 
 
 def test_samples_do_not_depend_on_the_order_or_presence_of_other_prompts(model: PreTrainedModel) -> None:

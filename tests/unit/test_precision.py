@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from typing import Any
 
 import pytest
@@ -213,6 +214,12 @@ def test_recomputed_activations_give_the_same_bits_from_less_memory(kind: str) -
             score_tokens(reference, collate(GROUPS, layout="shared", pad_id=PAD_ID)).logprobs,
             score_tokens(model, collate(GROUPS, layout="shared", pad_id=PAD_ID)).logprobs,
         )
+
+
+def test_recomputing_is_asked_for_in_the_way_transformers_wants() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        recompute_activations(tiny_model("llama"))
 
 
 def test_a_model_whose_blocks_cannot_be_run_again_is_refused() -> None:

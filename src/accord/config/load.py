@@ -177,13 +177,20 @@ def _explain(error: ValidationError, source: str, tree: Mapping[str, Any]) -> st
     for item in error.errors():
         if item["type"] == "extra_forbidden":
             lines += [
-                f"unknown key `{'.'.join(map(str, loc))}`{_suggestion(loc, tree)}"
+                f"unknown key `{'.'.join(map(str, loc))}`{_no_space(loc, item['input']) or _suggestion(loc, tree)}"
                 for loc in _leaves(item["loc"], item["input"])
             ]
         else:
             key = ".".join(str(part) for part in item["loc"])
-            lines.append(f"`{key}`: {item['msg'][0].lower()}{item['msg'][1:]}; found {item['input']!r}")
+            found = f"found {item['input']!r}{_no_space(item['loc'], item['input'])}"
+            lines.append(f"`{key}`: {item['msg'][0].lower()}{item['msg'][1:]}; {found}")
     return f"{source}: " + ("\n  ".join(["", *lines]) if len(lines) > 1 else lines[0])
+
+
+def _no_space(loc: tuple[int | str, ...], value: Any) -> str:
+    """`{q_proj:2}` is the key `q_proj:2` without a value to YAML."""
+    name, colon, given = str(loc[-1]).partition(":")
+    return f"; YAML wants a space after the colon: `{name}: {given}`" if value is None and colon and given else ""
 
 
 def _leaves(loc: tuple[int | str, ...], value: Any) -> list[tuple[int | str, ...]]:

@@ -19,6 +19,7 @@ from accord.measures.text import distinct_n, num_words, repetition
 from accord.methods.candidates import Drawing, best_of, draw
 from accord.models.ilql import ShapedPolicy
 from accord.models.layout import CompletionBatch, collate
+from accord.models.memory import one_pass
 from accord.models.token_scores import score_tokens
 from accord.records import Group, Interval, SampledCompletion, ScoreRequest, TokenCompletion, TokenGroup
 from accord.rewards.scorers import Scorer, values_of
@@ -183,7 +184,8 @@ def kl_to(reference: Contestant, model: Contestant, answers: Answers, *, tempera
     places = list(enumerate(answers.tokens))
     for rows in micro_batches(places, lambda row: row[1].num_tokens, lambda _: 1, budget):
         batch = collate([group for _, group in rows], layout="plain", pad_id=model.pad_id, device=model.model.device)
-        ours, theirs = (contestant.logprobs(batch, temperature=temperature) for contestant in (model, reference))
+        with one_pass([group for _, group in rows], f"evaluating {model.name}"):
+            ours, theirs = (contestant.logprobs(batch, temperature=temperature) for contestant in (model, reference))
         for (index, _), value in zip(rows, kl_k1(ours, theirs).sum(1).tolist(), strict=True):
             totals[index] = value
     prompts = [request.prompt_id for request in answers.requests]
@@ -195,6 +197,7 @@ def reference_perplexity(contestant: Contestant, groups: Sequence[TokenGroup], b
     nll = tokens = 0.0
     for rows in micro_batches(groups, lambda g: g.num_tokens, lambda _: 1, budget):
         batch = collate(rows, layout="plain", pad_id=contestant.pad_id, device=contestant.model.device)
-        nll -= float(contestant.logprobs(batch, mask="loss").sum())
+        with one_pass(rows, f"evaluating {contestant.name}"):
+            nll -= float(contestant.logprobs(batch, mask="loss").sum())
         tokens += float(batch.completion_mask.sum())
     return nll, tokens

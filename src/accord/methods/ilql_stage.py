@@ -28,6 +28,7 @@ from accord.methods.offline import OfflineTrainer, Sums, group_passes
 from accord.methods.roles import starting_model
 from accord.models.ilql import ILQLModel, save_heads
 from accord.models.layout import Layout, collate
+from accord.models.memory import one_pass
 from accord.randomness import torch_seed
 from accord.records import Group, Interval
 from accord.training.loop import run_training
@@ -58,7 +59,7 @@ def measured(
     returns: list[float] = []
     for items_of_pass in group_passes(items, objective.tokens, layout, budget):
         batch = collate([item.tokens for item in items_of_pass], layout=layout, pad_id=pad_id, device=model.device)
-        with torch.no_grad():
+        with torch.no_grad(), one_pass([item.tokens for item in items_of_pass], "evaluating on held-out data"):
             scores = model(batch)
             _, part = objective.loss_of(scores, items_of_pass, batch, 1.0)
         sums = {name: sums.get(name, 0.0) + value for name, value in part.items()}

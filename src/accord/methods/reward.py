@@ -25,6 +25,7 @@ from accord.losses.reward import RewardLoss, centring_penalty, divergence_span_l
 from accord.methods.offline import PolicyLogprobs, Sums, group_passes
 from accord.models.heads import score_head
 from accord.models.layout import CompletionBatch, Layout, collate
+from accord.models.memory import one_pass
 from accord.models.token_scores import head_scores, token_head_scores
 from accord.randomness import generator
 from accord.records import TokenGroup
@@ -97,7 +98,7 @@ def read_scores(model: Any, items: Sequence[Comparison], *, layout: Layout, pad_
     result = [torch.empty(0)] * len(items)
     for indices in group_passes(range(len(items)), lambda i: items[i].tokens, layout, budget):
         batch = collate([items[i].tokens for i in indices], layout=layout, pad_id=pad_id, device=model.device)
-        with torch.no_grad():
+        with torch.no_grad(), one_pass([items[i].tokens for i in indices], "scoring comparisons"):
             scores = head_scores(model, batch).cpu()
         parts = scores.split([len(items[i].ranks) for i in indices])
         for index, part in zip(indices, parts, strict=True):

@@ -40,6 +40,7 @@ from accord.methods.reward import Comparison, LengthDecorrelation, RewardObjecti
 from accord.models.heads import keep_heads, shift_scores
 from accord.models.layout import Layout, collate
 from accord.models.load import reward_model_from
+from accord.models.memory import one_pass
 from accord.models.token_scores import last_hidden_states
 from accord.randomness import torch_seed
 from accord.records import Group, Interval, TokenGroup
@@ -291,7 +292,7 @@ def _last_states(model: Any, policy: LoadedPolicy, groups: Sequence[TokenGroup],
     states = []
     for groups_of_pass in group_passes(groups, lambda g: g, "plain", budget):
         batch = collate(groups_of_pass, layout="plain", pad_id=policy.pad_id, device=model.device)
-        with torch.no_grad():
+        with torch.no_grad(), one_pass(groups_of_pass, "scoring reference answers"):
             states.append(last_hidden_states(model, batch))
     return torch.cat(states)
 

@@ -67,7 +67,7 @@ def held_out_loss(
     rows: list[tuple[float, int, int]] = []
     for groups_of_pass in group_passes(groups, lambda g: g, layout, budget):
         batch = collate(groups_of_pass, layout=layout, pad_id=pad_id, device=model.device)
-        with torch.no_grad(), one_pass(groups_of_pass):
+        with torch.no_grad(), one_pass(groups_of_pass, "evaluating on held-out data"):
             nll = -score_tokens(model, batch, mask="loss").logprobs.sum(1)
         for index, group in enumerate(groups_of_pass):
             inside = batch.group_index == index

@@ -7,6 +7,7 @@ smaller passes from cleared gradients has the gradient that it would have had (u
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -16,40 +17,58 @@ import torch
 from accord.errors import TrainingError
 from accord.records import TokenGroup
 
-__all__ = ["MicroBatches", "OutOfMemory", "one_pass"]
+__all__ = ["MicroBatches", "OutOfMemory", "asked_for", "free_memory", "one_pass"]
 
 T = TypeVar("T")
 
 # What torch's CPU allocator says, which raises a plain RuntimeError.
 _CPU_SAYS = ("DefaultCPUAllocator", "not enough memory")
+# The part of what any of torch's allocators says that helps.
+_ASKED = re.compile(r"tried to allocate ([\d.,]+ \w+)", re.IGNORECASE)
+
+
+def asked_for(error: RuntimeError) -> str | None:
+    """What was asked for where memory ran out ("tried to allocate 2.00 GiB"); None for an error of another kind."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, torch.OutOfMemoryError) and not any(said in text for said in _CPU_SAYS):
+        return None
+    found = _ASKED.search(text)
+    return f"tried to allocate {found[1]}" if found else text.partition(". ")[0]
+
+
+def free_memory() -> None:
+    """After a failure, once its frames are gone: what they held can be had by any tensor."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 class OutOfMemory(TrainingError):
-    """A forward or backward pass found no memory. `groups` are those of the pass."""
+    """A forward or backward pass found no memory. `groups` are those of the pass, `doing` is what it was for."""
 
-    def __init__(self, groups: Sequence[TokenGroup], reason: str) -> None:
-        self.groups = groups
-        self.reason = " ".join(reason.split()).partition(". ")[0]
+    def __init__(self, groups: Sequence[TokenGroup], reason: str, doing: str = "") -> None:
+        self.groups, self.reason = groups, reason
         longest = max((group.num_tokens for group in groups), default=0)
+        where = f"while {doing}, in" if doing else "in"
         super().__init__(
-            f"out of memory in a forward pass of {len(groups)} prompts, the longest of which has {longest} tokens with "
-            f"its completions: {self.reason}. Lower `micro_batch_tokens`, or `data.max_tokens` where one prompt is too "
-            "much; `model.activation_checkpointing`, `model.adapter` and `model.precision` save memory as well"
+            f"out of memory {where} a forward pass of {len(groups)} prompts, the longest of which has {longest} tokens "
+            f"with its completions: {self.reason}. Lower `micro_batch_tokens`, or `data.max_tokens` where one prompt is "
+            "too much; `model.activation_checkpointing`, `model.adapter` and `model.precision` save memory as well"
         )
 
 
 @contextmanager
-def one_pass(groups: Sequence[TokenGroup]) -> Iterator[None]:
+def one_pass(groups: Sequence[TokenGroup], doing: str = "") -> Iterator[None]:
     """Around a forward pass and its backward pass: that memory ran out becomes `OutOfMemory`."""
     reason = None
     try:
         yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and not any(text in str(error) for text in _CPU_SAYS):
+    except RuntimeError as error:
+        reason = asked_for(error)
+        if reason is None:
             raise
-        reason = str(error)
     if reason is not None:  # out here, where the frames of the pass and their tensors are gone
-        raise OutOfMemory(groups, reason)
+        raise OutOfMemory(groups, reason, doing)
 
 
 class MicroBatches:
@@ -78,9 +97,7 @@ class MicroBatches:
                 f"out of memory ({reason}): forward passes have at most {self.tokens} tokens from here on "
                 "(`micro_batch_tokens`), and what was begun is done again; gradients stay the same"
             )
-            gc.collect()
-            if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
+            free_memory()
 
     def restore(self, values: Mapping[str, Any]) -> None:
         """Put back `tokens` from a checkpoint's values; one of an older version has none."""

@@ -30,7 +30,9 @@ def recompute_activations(model: Any) -> None:
             f"`model.activation_checkpointing`: {type(model).__name__} has no blocks that transformers can run again; "
             "leave it off, or lower `micro_batch_tokens` instead"
         )
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # The name that newer versions of transformers want, where there is one; the older warns in them.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 @contextmanager

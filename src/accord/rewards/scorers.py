@@ -94,7 +94,7 @@ class ModelScorer:
                     [group for _, group in rows_of_pass],
                     layout="plain", pad_id=self._template.pad_id, device=self._model.device,
                 )  # fmt: skip
-            with torch.no_grad(), one_pass([group for _, group in rows_of_pass]):
+            with torch.no_grad(), one_pass([group for _, group in rows_of_pass], f"scoring by {self.name}"):
                 scores = head_scores(self._model, batch)
             for (index, _), value, members in zip(rows_of_pass, scores.mean(1).tolist(), scores.tolist(), strict=True):
                 results[index] = (

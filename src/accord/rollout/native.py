@@ -22,6 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from accord.errors import ConfigError, DataError, TrainingError
+from accord.models.memory import asked_for, free_memory
 from accord.models.precision import reading
 from accord.phases import passing
 from accord.randomness import generator
@@ -87,6 +88,7 @@ class NativeSampler:
         self._progress = progress
         self._step: LlamaStep | None = llama_step(model)
         self._step_checked = False
+        self._told_of_halves = False
 
     def generate(
         self, prompts: Sequence[PromptTokens], n: int, sampling: Sampling, key: tuple[int | str, ...]
@@ -97,7 +99,7 @@ class NativeSampler:
         prompt id occurs again in one call, i goes on counting, so its samples differ from the earlier ones.
 
         Raises: ConfigError when a prompt and `max_new_tokens` do not fit into the model's context; DataError on an
-            empty prompt; TrainingError when the model's logits are not finite.
+            empty prompt; TrainingError when the model's logits are not finite, or memory runs out with one sequence.
         """
         self._check(prompts, n, sampling)
         earlier: Counter[int] = Counter()
@@ -110,8 +112,7 @@ class NativeSampler:
         self._model.eval()
         try:
             for rows in self._batches(prompts, n, first_index):
-                with reading(self._model.device):
-                    sampled = self._decode(prompts, rows, sampling, key)
+                sampled = self._sampled(prompts, rows, sampling, key)
                 for row, sample in zip(rows, sampled, strict=True):
                     samples[row.prompt].append(sample)
                 num_done += len(rows)
@@ -145,6 +146,36 @@ class NativeSampler:
         size = limit - limit % n if n <= limit else limit
         for start in range(0, len(rows), size):
             yield rows[start : start + size]
+
+    def _sampled(
+        self, prompts: Sequence[PromptTokens], rows: list[_Row], sampling: Sampling, key: tuple[int | str, ...]
+    ) -> list[SampledCompletion]:
+        """One batch; where it finds no memory, its halves. The next batch is tried whole again: were the limit
+        remembered, it would belong into checkpoints, and the cache is reserved first, so that failing costs little."""
+        try:
+            with reading(self._model.device):
+                return self._decode(prompts, rows, sampling, key)
+        except RuntimeError as error:
+            reason = asked_for(error)
+            if reason is None:
+                raise
+        longest = max(len(prompts[row.prompt].ids) for row in rows)
+        what = f"with prompts of up to {longest} tokens and {sampling.max_new_tokens} new ones: {reason}"
+        if len(rows) == 1:
+            raise TrainingError(
+                f"out of memory while sampling a single sequence {what}. Lower `max_new_tokens` or "
+                "`data.max_prompt_tokens`; `model.adapter` and `model.precision` save memory as well"
+            )
+        if not self._told_of_halves:
+            self._told_of_halves = True
+            warnings.warn(
+                f"out of memory while sampling {len(rows)} sequences {what}; such batches are sampled in halves, which "
+                "is slower; answers stay the same. A lower `max_new_tokens` or `data.max_prompt_tokens` avoids it",
+                stacklevel=3,
+            )
+        free_memory()
+        half = len(rows) // 2
+        return [sample for part in (rows[:half], rows[half:]) for sample in self._sampled(prompts, part, sampling, key)]
 
     @torch.inference_mode()
     def _decode(
@@ -197,9 +228,9 @@ class NativeSampler:
         self, step: LlamaStep, tokens: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache
     ) -> None:
         """Once, on the first sequence: does the short step say what the model itself does? If not, it is not used."""
-        self._step_checked = True
         own = _own_logits(self._model, tokens, mask, positions, _first_row(cache))
         difference = float((step(tokens, mask, positions, _first_row(cache)) - own).abs().max())
+        self._step_checked = True
         if math.isfinite(difference) and difference > _TOLERANCE[own.dtype] * float(own.abs().max()):
             warnings.warn(
                 f"the short decoding step differs from {type(self._model).__name__}'s own by {difference:.2g} in a "
