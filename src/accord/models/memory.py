@@ -52,8 +52,8 @@ class OutOfMemory(TrainingError):
         where = f"while {doing}, in" if doing else "in"
         super().__init__(
             f"out of memory {where} a forward pass of {len(groups)} prompts, the longest of which has {longest} tokens "
-            f"with its completions: {self.reason}. Lower `micro_batch_tokens`, or `data.max_tokens` where one prompt is "
-            "too much; `model.activation_checkpointing`, `model.adapter` and `model.precision` save memory as well"
+            f"with its completions: {self.reason}. Lower `micro_batch_tokens`, or `data.max_tokens` where one prompt "
+            "is too much; `model.activation_checkpointing`, `model.adapter` and `model.precision` save memory as well"
         )
 
 
