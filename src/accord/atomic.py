@@ -24,12 +24,13 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` in one step. Raises AccordError naming the path when the disk refuses."""
+def write_bytes(path: Path, *content: bytes | bytearray) -> None:
+    """Replace `path` by `content`, its parts in order, in one step. Raises AccordError naming the path when the disk
+    refuses."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            file.writelines(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -32,10 +32,11 @@ LIMITS: dict[str, Any] = {"max_tokens": 64, "max_prompt_tokens": 12, "loss_on": 
 
 @pytest.fixture(autouse=True)
 def on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Everything goes to files, in stretches of a few groups."""
+    """Everything goes to files, in stretches of a few groups, made two at a time."""
     monkeypatch.setenv("ACCORD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(shelf, "MEMORY_BYTES", 0)
     monkeypatch.setattr(token_store, "SHARD_CHARACTERS", 200)
+    monkeypatch.setattr(token_store, "BLOCK_BYTES", 2000)
     return tmp_path / "cache"
 
 
@@ -151,6 +152,24 @@ def test_stored_tokens_are_those_made_in_memory(template: Template, on_disk: Pat
     same(stored, mixed(), template)
     assert stored.dropped == 1 and stored.first_dropped.startswith("pairs.jsonl:98") and len(stored.cuts) == 1
     assert len(list((on_disk / "tokens").glob("*.tokens"))) > 3
+    # The row that is named is where it is now, not where it was when its tokens were made.
+    moved = [*pairs(1), *(group.at(Origin("moved.jsonl", line)) for line, group in enumerate(mixed()[1:], 2))]
+    same(store_tokens(shelved(moved), template, on_disk / "tokens", **LIMITS), moved, template)
+    nameless = [group.at(None) for group in mixed()]
+    assert store_tokens(nameless, template, on_disk / "tokens", **LIMITS).first_dropped.startswith("group 40: ")
+
+
+def test_stretches_have_few_rows(template: Template, on_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_store, "SHARD_ROWS", 3)
+    same(store_tokens(shelved(mixed()), template, on_disk / "tokens", **LIMITS), mixed(), template)
+    assert len(list((on_disk / "tokens").glob("*.tokens"))) == len(mixed()) // 3 + 1
+
+
+def test_a_group_that_is_refused_is_named_by_its_number(on_disk: Path) -> None:
+    plain = Template.of(train_tokenizer(["ask yes no"], vocab_size=300))
+    half = answers_to("ask \ud800", ("yes", {}))
+    with pytest.raises(DataError, match="group 33: "):
+        store_tokens([group.at(None) for group in (*pairs(33), half)], plain, on_disk / "tokens", **LIMITS)
 
 
 def test_tokens_are_made_once(template: Template, on_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,6 +183,7 @@ def test_tokens_are_made_once(template: Template, on_disk: Path, monkeypatch: py
         return tokenise_groups(groups, *arguments, **limits)
 
     monkeypatch.setattr(token_store, "tokenise_groups", counting)
+    monkeypatch.setattr(token_store, "BLOCK_BYTES", 1 << 20)  # a stretch at a time
     folder = on_disk / "tokens"
     with pytest.raises(KeyboardInterrupt):
         store_tokens(shelved(pairs(80)), template, folder, **LIMITS)
@@ -231,17 +251,40 @@ def test_a_stage_learns_the_same_bits_from_a_file(stage: str, tmp_path: Path, mo
     assert trained(tmp_path / "list", model, stage, groups) == from_file
 
 
+def quickly(groups: Sequence[Group], *_: Any, first: int = 0, **__: Any) -> Tokenised:
+    """Tokens of their own for each group, in no time."""
+    made: list[TokenGroup] = []
+    for number, group in enumerate(groups, first):
+        ids = tuple(range(1000 + number, 1010 + number))
+        made.append(TokenGroup(ids, (TokenCompletion(ids, (True,) * len(ids)),), group.prompt_id))
+    return Tokenised(tuple(made), tuple(range(first, first + len(made))), (), ())
+
+
+def test_making_tokens_takes_few_bytes_a_row(
+    tmp_path: Path, template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In stretches as long as they are: what grows is the record of a row, of about 100 bytes here, until its stretch
+    is written. As Python's objects a row and its tokens take more than 1 kB."""
+    monkeypatch.undo()
+    monkeypatch.setattr(token_store, "tokenise_groups", quickly)
+    many = answers_to("ask", ("yes", {}))
+    peaks, told = {}, list[int]()
+    for rows in (2000, 2000, 8000):
+        groups = Lazy(rows, lambda i: many.at(Origin("rows.jsonl", i + 1)))
+        told.clear()
+        tracemalloc.start()
+        store_tokens(groups, template, tmp_path / str(len(peaks)), told.append, **LIMITS)
+        peaks[rows] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert (peaks[8000] - peaks[2000]) / 6000 < 250
+    assert len(told) > 5 and told == sorted(told) and told[-1] == 8000  # a bar that moves
+
+
 def test_what_is_loaded_takes_few_bytes_a_row(
     tmp_path: Path, template: Template, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From a file on the disk to batches: masks, ends and positions, and of each stretch (50 rows here) its file. As
     Python's objects a row takes 2 kB."""
-
-    def quickly(groups: Sequence[Group], *_: Any, **__: Any) -> Tokenised:
-        ids = tuple(range(1000, 1040))
-        answer = TokenCompletion(ids, (True,) * len(ids))
-        made = tuple(TokenGroup(ids, (answer, answer), group.prompt_id) for group in groups)
-        return Tokenised(made, tuple(range(len(made))), (), ())
 
     monkeypatch.setattr(token_store, "tokenise_groups", quickly)
     monkeypatch.setattr(token_store, "SHARD_CHARACTERS", 2000)

@@ -24,7 +24,19 @@ from accord.atomic import cache_folder, make_folder
 from accord.errors import DataError
 from accord.records import Completion, Group, Message, Origin
 
-__all__ = ["Lazy", "group_bytes", "in_memory", "joined", "kept", "mapped", "numbered", "selected", "shelved"]
+__all__ = [
+    "Lazy",
+    "characters",
+    "group_bytes",
+    "in_memory",
+    "joined",
+    "kept",
+    "mapped",
+    "numbered",
+    "object_bytes",
+    "selected",
+    "shelved",
+]
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -104,16 +116,21 @@ def shelved(groups: Iterable[Group]) -> Sequence[Group]:
     rest = iter(groups)
     for group in rest:
         few.append(group)
-        size += _size(group)
+        size += object_bytes(group)
         if size > MEMORY_BYTES:
             return _GroupFile(few, rest)
     return tuple(few)
 
 
-def _size(group: Group) -> int:
-    messages = [*group.prompt, *(message for answer in group.completions for message in answer.messages)]
-    text = sum(len(message.content) for message in messages)
-    return text + GROUP_BYTES + COMPLETION_BYTES * len(group.completions)
+def characters(group: Group) -> int:
+    """Of the turns of the prompt and of the completions."""
+    turns = (group.prompt, *(answer.messages for answer in group.completions))
+    return sum(len(message.content) for messages in turns for message in messages)
+
+
+def object_bytes(group: Group) -> int:
+    """About what a group takes in memory."""
+    return characters(group) + GROUP_BYTES + COMPLETION_BYTES * len(group.completions)
 
 
 def group_bytes(group: Group) -> bytes:

@@ -1,11 +1,12 @@
 """Tokens of groups that are larger than memory: made once, kept on disk by content, found by position.
 
-The groups are cut into stretches of about SHARD_CHARACTERS of text. The name of a stretch's file is a hash of all its
-tokens depend on: the groups but for their origins, the tokenizer, its template, and the limits. So a stage that was
-killed goes on where it was, a file that grew costs its new rows, and stages and runs share what they have in common.
+The groups are cut into stretches of about SHARD_CHARACTERS of text, or SHARD_ROWS. The name of a stretch's file is a
+hash of all its tokens depend on: the groups but for their origins, the tokenizer, its template, and the limits. So a
+stage that was killed goes on where it was, a file that grew costs its new rows, and stages and runs share what they
+have in common. Groups and tokens are Python's objects a block at a time, of a few megabytes.
 
     <folder>/<sha256 of what the tokens depend on>.tokens
-        a line of JSON: counts, what prompts lost, what was dropped, sha256 of the rest
+        a line of JSON: counts, what prompts lost, how many were dropped and the first, sha256 of the rest
         ends (N + 1) int64   sources (N,) int64   N records: prompt id int64, then int32:
         tokens of the prompt, completions, tokens of each, then all ids; ~id for a token that does not count
 
@@ -19,8 +20,9 @@ import hashlib
 import json
 import os
 import weakref
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -30,15 +32,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from accord.atomic import make_folder, write_bytes
-from accord.data.shelf import Lazy, group_bytes
+from accord.data.shelf import Lazy, characters, group_bytes, object_bytes
 from accord.data.templates import Template
-from accord.data.tokenise import Tokenised, tokenise_groups
+from accord.data.tokenise import Dropped, tokenise_groups
 from accord.records import Group, TokenCompletion, TokenGroup
 
 __all__ = ["StoredTokens", "store_tokens"]
 
-FORMAT = 1
+FORMAT = 2
 SHARD_CHARACTERS = 32 << 20  # about as many bytes of tokens, and a minute of work
+SHARD_ROWS = 1 << 17  # half a minute of work where rows are short
+BLOCK_BYTES = 1 << 20  # about what the groups take that are Python's objects at a time; their tokens take more
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,22 +69,20 @@ def store_tokens(
     identity = _identity(template, limits)
     shards: list[_Shard] = []
     sources: list[NDArray[np.int64]] = []
-    first = 0
-    for stretch in _stretches(groups):
-        key = hashlib.sha256(identity)
-        for group in stretch:
-            content = group_bytes(group)
-            key.update(len(content).to_bytes(8, "little") + content)
-        path = folder / f"{key.hexdigest()}.tokens"
+    first_dropped = ""
+    for first, last, name in _stretches(groups, identity):
+        path = folder / f"{name}.tokens"
         shard = _Shard.opened(path)
         if shard is None:
-            write_bytes(path, _content(tokenise_groups(stretch, template, **limits)))
+            _write(path, groups[first:last], first, template, limits, progress)
             shard = _Shard.opened(path)
             assert shard is not None
+        if shard.dropped and not first_dropped:
+            index, reason = first + shard.first_dropped[0], shard.first_dropped[1]
+            first_dropped = str(Dropped(index, groups[index].origin, reason))
         shards.append(shard)
         sources.append(shard.sources + first)
-        first += len(stretch)
-        progress(first)
+        progress(last)
     cuts = Counter[str]()
     for shard in shards:
         cuts.update(dict(shard.cuts))
@@ -88,7 +90,7 @@ def store_tokens(
         _pairs(groups, shards, np.concatenate(sources) if sources else np.zeros(0, np.int64)),
         tuple(cuts.items()),
         sum(shard.dropped for shard in shards),
-        next((shard.first_dropped for shard in shards if shard.dropped), ""),
+        first_dropped,
     )
 
 
@@ -106,18 +108,34 @@ def _pairs(
     return Lazy(len(sources), at)
 
 
-def _stretches(groups: Sequence[Group]) -> Iterator[list[Group]]:
-    """Where they are cut depends on the groups before the cut alone."""
-    stretch: list[Group] = []
+def _stretches(groups: Sequence[Group], identity: bytes) -> Iterator[tuple[int, int, str]]:
+    """The first group of each, the one behind its last, and its name. Where they are cut depends on the groups before
+    the cut alone. No group is held: those that are not on the disk yet are read again."""
+    first = size = 0
+    key = hashlib.sha256(identity)
+    for last, group in enumerate(groups, 1):
+        content = group_bytes(group)
+        key.update(len(content).to_bytes(8, "little") + content)
+        size += characters(group)
+        if size >= SHARD_CHARACTERS or last - first >= SHARD_ROWS:
+            yield first, last, key.hexdigest()
+            first, size, key = last, 0, hashlib.sha256(identity)
+    if first < len(groups):
+        yield first, len(groups), key.hexdigest()
+
+
+def _blocks(groups: Iterable[Group]) -> Iterator[list[Group]]:
+    """As many at a time as there are to be in memory at once."""
+    block: list[Group] = []
     size = 0
     for group in groups:
-        stretch.append(group)
-        size += sum(len(m.content) for m in (*group.prompt, *(m for c in group.completions for m in c.messages)))
-        if size >= SHARD_CHARACTERS:
-            yield stretch
-            stretch, size = [], 0
-    if stretch:
-        yield stretch
+        block.append(group)
+        size += object_bytes(group)
+        if size >= BLOCK_BYTES:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
 
 
 def _identity(template: Template, limits: dict[str, Any]) -> bytes:
@@ -136,18 +154,43 @@ def _identity(template: Template, limits: dict[str, Any]) -> bytes:
 # --- one file --------------------------------------------------------------------------------------------------------
 
 
-def _content(tokens: Tokenised) -> bytes:
-    records = [_record(group) for group in tokens.groups]
-    ends = np.array([0, *accumulate(map(len, records))], dtype="<i8")
-    body = b"".join([ends.tobytes(), np.array(tokens.sources, dtype="<i8").tobytes(), *records])
+def _write(
+    path: Path,
+    groups: Sequence[Group],
+    first: int,
+    template: Template,
+    limits: dict[str, Any],
+    progress: Callable[[int], object],
+) -> None:
+    """Make the tokens of a stretch, a block at a time; the first of its groups is number `first` of all."""
+    ends, sources, records = array("q", [0]), array("q"), bytearray()
+    cuts = Counter[str]()
+    dropped, first_dropped = 0, (0, "")
+    done = first
+    for block in _blocks(groups):
+        made = tokenise_groups(block, template, first=done, **limits)
+        for group in made.groups:
+            records += _record(group)
+            ends.append(len(records))
+        sources.extend(source - first for source in made.sources)
+        cuts.update(dict(made.cuts))
+        if made.dropped and not dropped:
+            first_dropped = made.dropped[0].index - first, made.dropped[0].reason
+        dropped += len(made.dropped)
+        done += len(block)
+        progress(done)
+    body = (np.array(ends, dtype="<i8").tobytes(), np.array(sources, dtype="<i8").tobytes(), records)
+    digest = hashlib.sha256()
+    for part in body:
+        digest.update(part)
     header = {
-        "count": len(records),
-        "cuts": tokens.cuts,
-        "dropped": len(tokens.dropped),
-        "first_dropped": str(tokens.dropped[0]) if tokens.dropped else "",
-        "sha256": hashlib.sha256(body).hexdigest(),
+        "count": len(sources),
+        "cuts": list(cuts.items()),
+        "dropped": dropped,
+        "first_dropped": first_dropped,
+        "sha256": digest.hexdigest(),
     }
-    return json.dumps(header).encode() + b"\n" + body
+    write_bytes(path, json.dumps(header).encode() + b"\n", *body)
 
 
 def _record(group: TokenGroup) -> bytes:
@@ -165,7 +208,7 @@ class _Shard:
         self.count: int = header["count"]
         self.cuts: list[tuple[str, int]] = header["cuts"]
         self.dropped: int = header["dropped"]
-        self.first_dropped: str = header["first_dropped"]
+        self.first_dropped: tuple[int, str] = header["first_dropped"]
         numbers = np.frombuffer(os.pread(descriptor, 8 * (2 * self.count + 1), body), dtype="<i8")
         self._ends, self.sources = numbers[: self.count + 1], numbers[self.count + 1 :].astype(np.int64)
         self._records = body + 8 * len(numbers)

@@ -20,7 +20,7 @@ __all__ = ["Dropped", "Tokenised", "tokenise_groups"]
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A group that could not be used: its index among the groups given (from 0), its origin and the reason."""
+    """A group that could not be used: its index among the groups (from 0), its origin and the reason."""
 
     index: int
     origin: Origin | None
@@ -66,6 +66,7 @@ def tokenise_groups(
     max_prompt_tokens: int | None,
     loss_on: Literal["assistant", "all"],
     truncate_prompt: Literal["start", "end"] = "start",
+    first: int = 0,
 ) -> Tokenised:
     """Token ids and loss masks of every group, in order.
 
@@ -82,6 +83,7 @@ def tokenise_groups(
         loss_on: "assistant" counts what assistant turns wrote, end of turn included. "all" counts every token but
             the first of the prompt, which nothing predicts: `prompt_ids` is then that token alone.
         truncate_prompt: which end of the turn that is left is cut.
+        first: the index of the first group, where these are a part of more.
     Raises: DataError, with the origin, when the template refuses a group's turns.
     """
     limits = _Limits(max_tokens, max_prompt_tokens, truncate_prompt)
@@ -89,7 +91,7 @@ def tokenise_groups(
     sources: list[int] = []
     dropped: list[Dropped] = []
     cuts = Counter[str]()
-    for index, group in enumerate(groups):
+    for index, group in enumerate(groups, first):
         try:
             for example in _examples(group, template):
                 try:
