@@ -289,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", nargs="+", choices=[size for size in SHAPES if size != "small"], help="models")
     parser.add_argument("--work", default="", help="only works whose name begins so")
     parser.add_argument("--small", action="store_true", help="a toy model, on a CPU too")
-    parser.add_argument("--out", type=Path, default=LATEST, help="the results, as JSON")
+    parser.add_argument("--out", type=Path, help=f"the results, as JSON ({LATEST.name}, or -small)")
     args = parser.parse_args(arguments)
     device = choose_device("auto")
     if device.type == "cpu" and not args.small:
@@ -305,9 +305,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table(rows))
     if find_spec("trl") is None:
         print("TRL is not installed, so SFT and DPO have no peer here: pip install accord-rlhf[bench]")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    out = args.out or (LATEST.with_stem(f"{LATEST.stem}-small") if args.small else LATEST)
+    out.parent.mkdir(parents=True, exist_ok=True)
     machine = environment(str(device)) | {"peak": peak, "peak_source": source}
-    write_json(args.out, {"machine": machine, "rows": [asdict(row) for row in rows]})
+    write_json(out, {"machine": machine, "rows": [asdict(row) for row in rows]})
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", choices=MODELS, action="append", help="this size only; may be repeated")
     parser.add_argument("--quick", action="store_true", help="two iterations instead of five")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads (default: all)")
-    parser.add_argument("--out", type=Path, default=LATEST, help="the numbers, as JSON")
+    parser.add_argument("--out", type=Path, help=f"the numbers, as JSON ({LATEST.name}, or -quick)")
     args = parser.parse_args(arguments)
     keep_freed_memory()
     console = Console(width=140)
@@ -76,9 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             show(found, console)
             rows.append((model, found.stages[0]))
     print(f"\n{table(rows)}")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    out = args.out or (LATEST.with_stem(f"{LATEST.stem}-quick") if args.quick else LATEST)
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_json(
-        args.out,
+        out,
         {"environment": environment(), "rows": [{"model": model, **asdict(profile)} for model, profile in rows]},
     )
     print(f"\nnumbers: {args.out}")

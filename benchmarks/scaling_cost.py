@@ -30,6 +30,7 @@ import numpy as np
 
 from accord.atomic import write_json
 from accord.report.svg import Series
+from accord.training.environment import resident_peak_mb
 from benchmarks.figure import Panel, write_figure
 
 __all__ = ["CURVES", "Curve", "Point", "exponent", "main", "steep"]
@@ -190,8 +191,6 @@ def _write_rows(path: Path, rows: int) -> Path:
 
 
 def _reading(work: Work, path: Path) -> tuple[float, float]:
-    import resource
-
     from accord.data.convert import as_kind
     from accord.data.read import read_groups, scan
 
@@ -202,7 +201,7 @@ def _reading(work: Work, path: Path) -> tuple[float, float]:
         template = Template.of(train_tokenizer([path.open().readline()], vocab_size=300))
     for _ in scan(_write_rows(path.with_name("few.jsonl"), 9)):
         pass  # what reading imports is no part of it
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, started = resident_peak_mb(), time.perf_counter()
     if work == "check":
         for _ in scan(path):
             pass
@@ -217,7 +216,7 @@ def _reading(work: Work, path: Path) -> tuple[float, float]:
             started = time.perf_counter()
             store_tokens(train, template, path.parent / "tokens", **limits)
     seconds = time.perf_counter() - started
-    return seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e6
+    return seconds, resident_peak_mb() - before
 
 
 # --- all points ------------------------------------------------------------------------------------------------------
@@ -261,13 +260,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling_cost", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few small points of each curve, no figure")
     parser.add_argument("--curves", nargs="+", choices=CURVES, default=list(CURVES), metavar="CURVE")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON file that is written")
+    parser.add_argument("--out", type=Path, help=f"the JSON file that is written ({RESULTS.name}, or -quick)")
     parser.add_argument("--figure", type=Path, help=f"the figure (full form: {FIGURE.relative_to(ROOT)})")
     parser.add_argument("--point", nargs=2, metavar=("CURVE", "VALUE"), help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.point:
         print(json.dumps(asdict(_measure(args.point[0], int(args.point[1]), args.quick))))
         return 0
+    out = args.out or (RESULTS.with_stem(f"{RESULTS.stem}-quick") if args.quick else RESULTS)
     panels: list[Panel] = []
     rows: list[dict[str, Any]] = []
     for name in args.curves:
@@ -275,8 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows += [asdict(point) for point in points]
         panels += _panels(name, points)
         print("\n".join(_account(name, points)), flush=True)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.out, rows)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, rows)
     figure = args.figure or (None if args.quick else FIGURE)
     if figure is not None:
         write_figure(figure, panels)

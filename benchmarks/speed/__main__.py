@@ -1,7 +1,7 @@
 """Times Accord and its peers at the same work, one process a run, taking turns; prints a table and writes JSON.
 
     python -m benchmarks.speed                       everything (about an hour on two processors)
-    python -m benchmarks.speed --work dpo            the works whose name begins so
+    python -m benchmarks.speed --work dpo            the works whose name begins so, or the one that is called so
     python -m benchmarks.speed --quick               two turns each instead of five
     python -m benchmarks.speed --allocator as-is     both sides without the allocator settings that both have otherwise
     python -m benchmarks.speed --figure FILE         draw results that lie in --out into this SVG; nothing is run
@@ -34,7 +34,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from accord.atomic import write_json
 from accord.training.environment import environment
@@ -64,11 +64,11 @@ class Setup:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--work", default="", help="only works whose name begins so")
-    parser.add_argument("--turns", type=int, default=5, help="runs of each side")
+    parser.add_argument("--work", default="", help="the work called so, or else those whose name begins so")
+    parser.add_argument("--turns", type=_count, default=5, help="runs of each side")
     parser.add_argument("--quick", action="store_true", help="two turns instead of five")
     parser.add_argument("--allocator", choices=("kept", "as-is"), default="kept", help="kept: freed memory stays")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each run")
+    parser.add_argument("--threads", type=_count, default=os.cpu_count(), help="threads of each run")
     parser.add_argument("--ppo-python", type=Path, default=PPO_PYTHON, help="an interpreter that has TRL 1.12, for PPO")
     parser.add_argument("--out", type=Path, default=LATEST, help="the results, as JSON")
     parser.add_argument("--figure", type=Path, help="draw what lies in --out, and run nothing")
@@ -82,14 +82,30 @@ def main() -> None:
     elif args.figure or args.page:
         _publish(args.out, args.figure, args.page)
     else:
-        _measure([name for name in WORKS if name.startswith(args.work)], 2 if args.quick else args.turns, setup, args)
+        _measure(_chosen(args.work), 2 if args.quick else args.turns, setup, args)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number of at least 1")
+    return int(text)
+
+
+def _chosen(work: str) -> list[str]:
+    names = [work] if work in WORKS else [name for name in WORKS if name.startswith(work)]
+    if not names:
+        _refuse(f"no work begins with {work!r}; there are {', '.join(WORKS)}")
+    return names
+
+
+def _refuse(reason: str) -> NoReturn:
+    print(f"benchmarks.speed: {reason}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _measure(names: Sequence[str], turns: int, setup: Setup, args: argparse.Namespace) -> None:
-    if not names:
-        sys.exit(f"no work begins with {args.work!r}; there are {', '.join(WORKS)}")
     if any(WORKS[name].kind == "ppo" for name in names) and not setup.ppo_python.exists():
-        sys.exit(
+        _refuse(
             f"TRL 1.12, the last with PPO, needs an environment of its own, and {setup.ppo_python} is not there: "
             "`make bench` makes it; or name another interpreter with --ppo-python, or other works with --work"
         )
@@ -104,12 +120,15 @@ def _measure(names: Sequence[str], turns: int, setup: Setup, args: argparse.Name
 
 def _publish(results: Path, figure: Path | None, page: Path | None) -> None:
     if not results.exists():
-        sys.exit(f"there are no results in {results}: run `make bench` first, or name others with --out")
+        _refuse(f"there are no results in {results}: run `make bench` first, or name others with --out")
     found = json.loads(results.read_text(encoding="utf-8"))
     if figure is not None:
         write_bars(figure, found["rows"])
     if page is not None:
-        write_page(page, found)
+        try:
+            write_page(page, found)
+        except ValueError as error:
+            _refuse(str(error))
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from statistics import fmean, median
 from typing import Any
 
 from accord.atomic import write_text
-from benchmarks.speed.work import Timing, Work, groups_of
+from benchmarks.speed.work import TARGETS, WORKS, Timing, Work, groups_of
 
 __all__ = ["AGREE", "row_of", "table", "write_page"]
 
@@ -26,6 +26,7 @@ def row_of(
     amount = work.amount([group for step in timed for group in step]) / len(timed)
     seconds = [[fmean(timing.seconds[work.warm_up :]) for timing in side] for side in (own, peer)]
     ratios = sorted(theirs / ours for ours, theirs in zip(*seconds, strict=True))
+    whole = [[timing.once + sum(timing.seconds) for timing in side] for side in (own, peer)]
     ours, theirs = apart or (own[0], peer[0])
     distance = max(abs(a - b) / max(1.0, abs(a)) for a, b in zip(ours.learned, theirs.learned, strict=True))
     accord_mb, peer_mb = (median(timing.peak_mb for timing in side) for side in (own, peer))
@@ -39,7 +40,10 @@ def row_of(
         "ratio": median(ratios),
         "ratio_low": ratios[0],
         "ratio_high": ratios[-1],
+        "ratio_with_once": median(theirs / ours for ours, theirs in zip(*whole, strict=True)),
         "memory_ratio": accord_mb / peer_mb,
+        "target": TARGETS[name][0],
+        "memory_target": TARGETS[name][1],
         "same_learning": distance <= AGREE,
         "apart": distance,
         "accord_mb": accord_mb,
@@ -57,16 +61,22 @@ def row_of(
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown."""
-    lines = ["| work | model, vocabulary | unit | Accord | peer | speed | memory | once, s | learns the same |",
-             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    head = (
+        "work", "model, vocabulary", "unit", "Accord", "peer", "speed", "aim", "memory", "aim", "once, s", "with once",
+        "learns the same",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
         speed = f"{row['ratio']:.2f}x ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
         memory = f"{row['memory_ratio']:.2f}x ({row['accord_mb']:,.0f} / {row['peer_mb']:,.0f} MB)"
+        speed_aim = f"{row['target']:g}x" + " reached" * (row["ratio"] >= row["target"])
+        memory_aim = f"{row['memory_target']:g}x" + " reached" * (row["memory_ratio"] <= row["memory_target"])
         once = f"{row['accord_once_seconds']:.1f} / {row['peer_once_seconds']:.1f}"
         agree = "yes" if row["same_learning"] else f"no ({row['apart']:.1e})"
         lines.append(
             f"| {row['work']} | {row['model']}, {row['vocabulary']:,} | {row['unit']} | {row['accord']:,.1f} "
-            f"| {row['peer']:,.1f} ({row['peer_version']}) | {speed} | {memory} | {once} | {agree} |"
+            f"| {row['peer']:,.1f} ({row['peer_version']}) | {speed} | {speed_aim} | {memory} | {memory_aim} | {once} "
+            f"| {row['ratio_with_once']:.2f}x | {agree} |"
         )
     return "\n".join(lines)
 
@@ -74,8 +84,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def write_page(path: Path, results: Mapping[str, Any]) -> None:
     """Replace what stands between the two marks of a page by the results, with date and machine.
 
-    Raises: ValueError when the page lacks the marks.
+    Raises: ValueError when the page lacks the marks, or the results a work: a page shows a full run.
     """
+    missing = sorted(WORKS.keys() - {row["work"] for row in results["rows"]})
+    if missing:
+        raise ValueError(f"these results lack {', '.join(missing)}: a page shows a full run, `make bench` without WORK")
     page = path.read_text(encoding="utf-8")
     if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
         raise ValueError(f"{path}: expected {BEGIN} and, below it, {END}, each once")

@@ -22,6 +22,7 @@ __all__ = [
     "ONLINE",
     "OPTIMISER",
     "PAD",
+    "TARGETS",
     "WORKS",
     "Timing",
     "Work",
@@ -51,7 +52,7 @@ OPTIMISER: Mapping[str, float] = {
     "learning_rate": 1e-4, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "weight_decay": 0.0,
     "max_grad_norm": 1.0,
 }  # fmt: skip
-# Llama-like, embeddings tied: (hidden size, layers, heads, MLP size).
+# Llama-like, embeddings tied: (hidden size, layers, heads, MLP size). Named by their size with 4,096 words.
 MODELS = {"5M": (256, 5, 4, 688), "15M": (384, 8, 6, 1024)}
 
 
@@ -124,6 +125,7 @@ WORKS: dict[str, Work] = {
     "reward-ranked": Work("reward", 4, 192, 32, 6),
     "dpo-long": Work("dpo", 16, 192, 32, 2),
     "dpo-long-15m": Work("dpo", 8, 192, 32, 2, model="15M"),
+    "dpo-long-15m-32k": Work("dpo", 8, 192, 32, 2, model="15M", vocabulary=32000, updates=3),
     "dpo-short": Work("dpo", 16, 32, 96, 2),
     "dpo-long-32k": Work("dpo", 8, 192, 32, 2, vocabulary=32000),
     "orpo-short": Work("orpo", 16, 32, 96, 2),
@@ -140,6 +142,20 @@ WORKS: dict[str, Work] = {
     "sampling-16": Work("sampling", 16, 64, 64, updates=7),
     "sampling-64": Work("sampling", 64, 64, 64, updates=7),
 }
+
+
+# What we aim at: times the peer's speed, and the share of its peak memory. What reaches it is no claim of its own.
+TARGETS: Mapping[str, tuple[float, float]] = {
+    "sft-mixed": (3.0, 0.6), "sft-mixed-grouped": (3.0, 0.6),
+    "sft-fixed": (1.4, 0.6), "sft-fixed-15m": (1.4, 0.6), "sft-fixed-32k": (3.0, 0.35),
+    "reward-long": (2.0, 0.6), "reward-ranked": (3.0, 0.6),
+    "dpo-long": (3.5, 0.5), "dpo-long-15m": (3.5, 0.5), "dpo-short": (2.5, 0.5),
+    "dpo-long-32k": (7.0, 0.22), "dpo-long-15m-32k": (7.0, 0.22),
+    "kto-short": (2.5, 0.6), "orpo-short": (2.5, 0.6),
+    "grpo-short": (2.0, 0.6), "grpo-long": (3.0, 0.6), "rloo-short": (2.0, 0.6), "rloo-long": (3.0, 0.6),
+    "ppo": (1.8, 0.6), "ppo-32k": (3.5, 0.35), "ppo-one-trunk": (3.0, 0.5),
+    "sampling-1": (2.5, 1.0), "sampling-16": (2.0, 1.0), "sampling-64": (1.5, 1.0),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,10 @@ from xml.etree import ElementTree
 
 import pytest
 
+from benchmarks.speed.__main__ import _chosen
 from benchmarks.speed.figure import write_bars
 from benchmarks.speed.results import row_of, table, write_page
-from benchmarks.speed.work import WORKS, Timing, groups_of, pairs_of, reward, words
+from benchmarks.speed.work import TARGETS, WORKS, Timing, groups_of, pairs_of, reward, words
 
 DPO = WORKS["dpo-long"]
 SAME = [1.0] * DPO.updates
@@ -46,7 +47,23 @@ def test_a_ratio_is_of_two_runs_side_by_side() -> None:
     found = row()
     assert (found["ratio_low"], found["ratio"], found["ratio_high"]) == (2.0, 3.0, 5.0)
     assert (found["accord"], found["peer"], found["unit"], found["memory_ratio"]) == (16.0, 4.0, "pairs/s", 0.5)
-    assert found["same_learning"] and "3.00x (2.00 to 5.00)" in table([found])
+    assert found["same_learning"] and "3.00x (2.00 to 5.00) | 3.5x |" in table([found])
+    assert "| 0.50x (300 / 600 MB) | 0.5x reached |" in table([found])
+
+
+def test_what_happens_once_is_in_a_ratio_of_its_own() -> None:
+    """Of one second once, nine in the update that warms up and four timed ones: 10 + 4 * (3, 4, 5) over 10 + 4 * (1, 2,
+    1) are 1.57, 1.44 and 2.14."""
+    assert row()["ratio_with_once"] == pytest.approx(22 / 14)
+
+
+def test_a_work_is_chosen_by_its_name_or_by_how_names_begin(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _chosen("ppo") == ["ppo"] and _chosen("sampling-1") == ["sampling-1"]
+    assert _chosen("rloo") == ["rloo-short", "rloo-long"] and _chosen("") == list(WORKS)
+    assert set(WORKS) == set(TARGETS)
+    with pytest.raises(SystemExit) as stopped:
+        _chosen("nonsense")
+    assert stopped.value.code == 2 and "no work begins with 'nonsense'; there are sft-fixed" in capsys.readouterr().err
 
 
 def test_learning_is_compared_update_by_update_and_by_the_runs_apart_where_there_are_any() -> None:
@@ -80,15 +97,20 @@ def test_results_replace_what_stands_between_the_marks_and_nothing_else(tmp_path
         "torch": "9",
         "allocator": "kept",
     }
-    write_page(page, {"machine": machine, "rows": [row()]})
+    rows = [row(work=name) for name in WORKS]
+    write_page(page, {"machine": machine, "rows": rows})
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "2030-01-02: abacus, 2 threads, 8 GB" in text and table([row()]) in text
-    write_page(page, {"machine": machine, "rows": [row()]})
+    assert "2030-01-02: abacus, 2 threads, 8 GB" in text and table(rows) in text
+    write_page(page, {"machine": machine, "rows": rows})
     assert page.read_text() == text
     page.write_text("no marks")
     with pytest.raises(ValueError, match="each once"):
+        write_page(page, {"machine": machine, "rows": rows})
+    page.write_text(text)
+    with pytest.raises(ValueError, match=r"these results lack dpo-long, dpo-long-15m.*full run"):
         write_page(page, {"machine": machine, "rows": []})
+    assert page.read_text() == text
 
 
 def test_the_figure_draws_every_work_and_marks_what_does_not_learn_the_same(tmp_path: Path) -> None:

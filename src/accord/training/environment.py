@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import accord
 
-__all__ = ["environment", "environment_changes", "peak_memory_mb"]
+__all__ = ["environment", "environment_changes", "peak_memory_mb", "resident_peak_mb"]
 
 # Reductions are split by thread and vectorised by CPU capability, and every version may sum in another order.
 DECIDES_BITS = (
@@ -51,12 +53,23 @@ def environment_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str
 
 def peak_memory_mb() -> float:
     """The most memory this process has held so far, in 10^6 bytes: of the GPU that held most, once it uses one, else of
-    the machine (Linux reports kibibytes)."""
+    the machine."""
     import torch
 
     if torch.cuda.is_initialized():
         return max(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    return resident_peak_mb()
+
+
+def resident_peak_mb() -> float:
+    """The most of the machine's memory that this process has held so far, in 10^6 bytes."""
+    status = Path("/proc/self/status")
+    # Not getrusage where it can be helped: Linux hands the peak of the program that started this one on to it.
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    if found is not None:
+        return int(found[1]) * 1024 / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def _cpu_model() -> str:
