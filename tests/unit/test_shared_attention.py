@@ -14,6 +14,7 @@ from torch import Tensor
 from accord.models import shared_attention
 from accord.models.layout import collate
 from accord.models.recompute import recompute_activations
+from accord.models.self_check import check_layouts
 from accord.models.shared_attention import rows_of, splitting
 from accord.models.token_scores import score_tokens
 from accord.records import TokenCompletion, TokenGroup
@@ -157,3 +158,12 @@ def test_masks_of_others_are_left_to_the_library(monkeypatch: pytest.MonkeyPatch
         arguments, settings = seen.pop()
         assert arguments[0] is module and arguments[4] is given_mask and not seen
         assert settings == {"scaling": 0.5, "is_causal": False}
+
+
+def test_a_model_whose_attention_is_not_split_rightly_is_given_plain_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    assert check_layouts(model, GROUPS, PAD_ID).layout == "shared"
+    kernel = shared_attention._at
+    monkeypatch.setattr(shared_attention, "_at", lambda x, places: kernel(x, places).flip(2))
+    check = check_layouts(model, GROUPS, PAD_ID)
+    assert check.layout == "plain" and "the shared layout changes log-probabilities" in check.reason

@@ -12,6 +12,7 @@ from torch import Tensor
 from accord.errors import ConfigError
 from accord.models.layout import Layout, collate
 from accord.models.precision import reading, reading_dtype
+from accord.models.shared_attention import split
 from accord.models.token_scores import attention_window, score_tokens
 from accord.records import TokenCompletion, TokenGroup
 
@@ -36,7 +37,8 @@ class LayoutCheck:
 def check_layouts(
     model: Any, groups: Sequence[TokenGroup], pad_id: int, *, max_tokens: int | None = None
 ) -> LayoutCheck:
-    """Compares log-probabilities on a few groups: the model's own logits, our plain layout, our shared layout.
+    """Compares log-probabilities on a few groups: the model's own logits, our plain layout, and our shared layout with
+    attention computed whole and split.
 
     Plain differing from the model's own is an error: nothing trained that way would mean anything. Shared differing
     from plain, or being impossible, is a reason to use plain.
@@ -63,10 +65,13 @@ def check_layouts(
         if reason:
             return LayoutCheck("plain", None, reason)
         try:
-            shared = score_tokens(model, collate(groups, layout="shared", pad_id=pad_id, device=model.device)).logprobs
+            batch = collate(groups, layout="shared", pad_id=pad_id, device=model.device)
+            shared = [score_tokens(model, batch).logprobs]
+            split(batch)  # what longer or more completions would do
+            shared.append(score_tokens(model, batch).logprobs)
         except (TypeError, ValueError, RuntimeError) as error:
             return LayoutCheck("plain", None, f"{type(model).__name__} cannot run the shared layout: {error}")
-    difference = float((shared - ours).abs().max())
+    difference = float((torch.stack(shared) - ours).abs().max())
     if not difference <= tolerance:
         return LayoutCheck("plain", difference, f"the shared layout changes log-probabilities by {difference:.2g} nats")
     return LayoutCheck("shared", difference, "")

@@ -29,7 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from accord.models.layout import CompletionBatch
 
-__all__ = ["SharedRows", "rows_of", "splitting"]
+__all__ = ["SharedRows", "rows_of", "split", "splitting"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,11 @@ def splitting(batch: CompletionBatch) -> Tensor:
         rows = _rows(batch) if batch.valid_mask.any() else None
         _ROWS[mask] = rows if rows is not None and rows.pairs <= _WORTH_IT * mask.numel() else None
     return mask
+
+
+def split(batch: CompletionBatch) -> None:
+    """Attention under the batch's mask is split from here on, whether that pays or not; some token must exist."""
+    _ROWS[batch.attention_mask] = _rows(batch)
 
 
 def rows_of(mask: Any) -> SharedRows | None:
