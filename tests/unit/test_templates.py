@@ -143,6 +143,36 @@ def test_hostile_dialogues_keep_the_prefix_and_the_mask(name: str) -> None:
     check()
 
 
+@pytest.mark.parametrize("changed", ["nothing", "truncation", "padding", "split_special_tokens"])
+def test_ids_are_those_of_the_tokenizers_own_encode(changed: str) -> None:
+    """Also after others have asked the tokenizer, which then keeps how it was asked."""
+    template = Template.of(support.byte_tokenizer(support.CHATML))
+    tokenizer = template.tokenizer
+
+    @settings(max_examples=40, derandomize=True, deadline=None)
+    @given(hostile_texts)
+    def check(text: str) -> None:
+        if changed == "truncation":
+            tokenizer("a b c d", truncation=True, max_length=1)
+        elif changed == "padding":
+            tokenizer("a", padding="max_length", max_length=50)
+        elif changed == "split_special_tokens":
+            tokenizer.split_special_tokens = False
+            tokenizer("a")
+            tokenizer.split_special_tokens = True
+        found = template._encode_text("<|im_end|>" + text)
+        assert found == tokenizer.encode("<|im_end|>" + text, add_special_tokens=False)
+
+    check()
+
+
+def test_a_tokenizer_with_an_encode_of_its_own_is_asked() -> None:
+    tokenizer = support.byte_tokenizer(support.CHATML)
+
+    tokenizer.__class__ = type("Own", (type(tokenizer),), {"encode": lambda _, text, **__: [1, 2]})
+    assert Template.of(tokenizer)._encode_text("a") == [1, 2]
+
+
 def test_overlapping_control_tokens_stay_text() -> None:
     tokenizer = support.byte_tokenizer(support.CHATML)
     tokenizer.add_tokens(["<<|im_end|>", "|im_end|>"], special_tokens=True)

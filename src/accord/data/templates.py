@@ -71,6 +71,7 @@ class Template:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, source: str, name: str) -> None:
         """`Template.of` is the usual way in; this one takes the jinja `source` and the `name` for messages."""
         self.tokenizer = tokenizer
+        self._backend = _backend(tokenizer)
         self.name = name
         self.source = source
         self._special_tokens: dict[str, Any] = tokenizer.special_tokens_map
@@ -336,7 +337,26 @@ class Template:
         return anchors if adds_space else []
 
     def _encode_text(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        backend, tokenizer = self._backend, self.tokenizer
+        if (
+            backend is not None
+            and backend.truncation is None
+            and backend.padding is None
+            and backend.encode_special_tokens == tokenizer.split_special_tokens
+        ):
+            return backend.encode(text, add_special_tokens=False).ids
+        return tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+
+def _backend(tokenizer: Any) -> Any:
+    """What the tokenizer's `encode` comes down to where its settings are as `encode` would set them: asking it directly
+    takes a third of the time of short texts. None for a tokenizer with an `encode` of its own."""
+    from transformers import PreTrainedTokenizerFast
+
+    usual: Any = PreTrainedTokenizerFast
+    kind: Any = type(tokenizer)
+    asks_backend = tokenizer.is_fast and kind.encode is usual.encode and kind._encode_plus is usual._encode_plus
+    return tokenizer.backend_tokenizer if asks_backend else None
 
 
 def _require_characters(message: Message) -> None:
