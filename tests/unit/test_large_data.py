@@ -251,6 +251,30 @@ def test_a_stage_learns_the_same_bits_from_a_file(stage: str, tmp_path: Path, mo
     assert trained(tmp_path / "list", model, stage, groups) == from_file
 
 
+@pytest.mark.parametrize(("words", "rows"), [(2, 150), (300, 8)])
+def test_what_a_group_takes_is_known_before_its_tokens_are_made(words: int, rows: int) -> None:
+    """Short rows are objects, long ones are tokens: seven times their text."""
+    known = "a pear an apple some plums and the old quince tree".split()
+    sentences = [" ".join(known[i * j % 11] for j in range(words)) for i in range(1, rows + 1)]
+    template = Template.of(train_tokenizer(sentences, vocab_size=600))
+    limits = LIMITS | {"max_tokens": 10_000, "max_prompt_tokens": None}
+    tokenise_groups(pairs(1), template, **limits)
+    tracemalloc.start()
+    groups = [
+        Group(
+            (Message("user", f"{text}!"),),
+            tuple(Completion((Message("assistant", f"{text}{i}"),), rank=i) for i in range(2)),
+            origin=Origin("pairs.jsonl", 1),
+        )
+        for text in sentences
+    ]
+    tokens = tokenise_groups(groups, template, **limits).groups
+    taken = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(tokens) == rows
+    assert 0.7 < sum(map(shelf.object_bytes, groups)) / taken < 1.5
+
+
 def quickly(groups: Sequence[Group], *_: Any, first: int = 0, **__: Any) -> Tokenised:
     """Tokens of their own for each group, in no time."""
     made: list[TokenGroup] = []

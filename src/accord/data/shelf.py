@@ -41,8 +41,9 @@ __all__ = [
 S = TypeVar("S")
 T = TypeVar("T")
 
-MEMORY_BYTES = 512 << 20  # about what groups take as Python's objects before they go to a file
-GROUP_BYTES, COMPLETION_BYTES = 600, 350  # of which this is not text
+MEMORY_BYTES = 1 << 30  # about what groups take as Python's objects, with their tokens, before they go to a file
+GROUP_BYTES, COMPLETION_BYTES = 700, 450  # of which this is neither text nor its tokens
+CHARACTER_BYTES = 12  # a character, and about a quarter of a token, whose number and mask take 48 bytes
 READ_AT_ONCE = 64
 _ORIGIN = struct.Struct("<iq")
 _NO_FILE = -1
@@ -129,8 +130,8 @@ def characters(group: Group) -> int:
 
 
 def object_bytes(group: Group) -> int:
-    """About what a group takes in memory."""
-    return characters(group) + GROUP_BYTES + COMPLETION_BYTES * len(group.completions)
+    """About what a group takes in memory, its tokens included."""
+    return CHARACTER_BYTES * characters(group) + GROUP_BYTES + COMPLETION_BYTES * len(group.completions)
 
 
 def group_bytes(group: Group) -> bytes:

@@ -3,7 +3,7 @@
 The groups are cut into stretches of about SHARD_CHARACTERS of text, or SHARD_ROWS. The name of a stretch's file is a
 hash of all its tokens depend on: the groups but for their origins, the tokenizer, its template, and the limits. So a
 stage that was killed goes on where it was, a file that grew costs its new rows, and stages and runs share what they
-have in common. Groups and tokens are Python's objects a block at a time, of a few megabytes.
+have in common. Groups and tokens are Python's objects a block at a time.
 
     <folder>/<sha256 of what the tokens depend on>.tokens
         a line of JSON: counts, what prompts lost, how many were dropped and the first, sha256 of the rest
@@ -42,7 +42,7 @@ __all__ = ["StoredTokens", "store_tokens"]
 FORMAT = 2
 SHARD_CHARACTERS = 32 << 20  # about as many bytes of tokens, and a minute of work
 SHARD_ROWS = 1 << 17  # half a minute of work where rows are short
-BLOCK_BYTES = 1 << 20  # about what the groups take that are Python's objects at a time; their tokens take more
+BLOCK_BYTES = 1 << 20  # about what the groups and tokens take that are Python's objects at a time
 
 
 @dataclass(frozen=True, slots=True)
