@@ -8,6 +8,7 @@ from statistics import fmean, median
 from typing import Any
 
 from accord.atomic import write_text
+from benchmarks.speed.counted import counted
 from benchmarks.speed.work import TARGETS, WORKS, Timing, Work, groups_of
 
 __all__ = ["AGREE", "row_of", "table", "write_page"]
@@ -62,21 +63,23 @@ def row_of(
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown."""
     head = (
-        "work", "model, vocabulary", "unit", "Accord", "peer", "speed", "aim", "memory", "aim", "once, s", "with once",
-        "learns the same",
+        "work", "model, vocabulary", "unit", "Accord", "peer", "counted", "speed", "aim", "memory", "aim", "once, s",
+        "with once", "learns the same",
     )  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
         speed = f"{row['ratio']:.2f}x ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
         memory = f"{row['memory_ratio']:.2f}x ({row['accord_mb']:,.0f} / {row['peer_mb']:,.0f} MB)"
+        operations = counted(WORKS[row["work"]])
         speed_aim = f"{row['target']:g}x" + " reached" * (row["ratio"] >= row["target"])
         memory_aim = f"{row['memory_target']:g}x" + " reached" * (row["memory_ratio"] <= row["memory_target"])
         once = f"{row['accord_once_seconds']:.1f} / {row['peer_once_seconds']:.1f}"
         agree = "yes" if row["same_learning"] else f"no ({row['apart']:.1e})"
         lines.append(
             f"| {row['work']} | {row['model']}, {row['vocabulary']:,} | {row['unit']} | {row['accord']:,.1f} "
-            f"| {row['peer']:,.1f} ({row['peer_version']}) | {speed} | {speed_aim} | {memory} | {memory_aim} | {once} "
-            f"| {row['ratio_with_once']:.2f}x | {agree} |"
+            f"| {row['peer']:,.1f} ({row['peer_version']}) "
+            f"| {f'{operations:.1f}x' if operations else ''} | {speed} | {speed_aim} | {memory} | {memory_aim} "
+            f"| {once} | {row['ratio_with_once']:.2f}x | {agree} |"
         )
     return "\n".join(lines)
 

@@ -8,11 +8,17 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
+from accord.models.layout import collate
+from accord.models.load import ModelShape, build_model, reward_model_from
+from accord.models.token_scores import score_completions, score_tokens
+from accord.profiling.observer import Observer
 from benchmarks.speed.__main__ import _chosen
+from benchmarks.speed.counted import counted, own_flops, peer_flops
 from benchmarks.speed.figure import write_bars
 from benchmarks.speed.results import row_of, table, write_page
-from benchmarks.speed.work import TARGETS, WORKS, Timing, groups_of, pairs_of, reward, words
+from benchmarks.speed.work import MODELS, TARGETS, WORKS, Timing, groups_of, pairs_of, reward, words
 
 DPO = WORKS["dpo-long"]
 SAME = [1.0] * DPO.updates
@@ -47,7 +53,7 @@ def test_a_ratio_is_of_two_runs_side_by_side() -> None:
     found = row()
     assert (found["ratio_low"], found["ratio"], found["ratio_high"]) == (2.0, 3.0, 5.0)
     assert (found["accord"], found["peer"], found["unit"], found["memory_ratio"]) == (16.0, 4.0, "pairs/s", 0.5)
-    assert found["same_learning"] and "3.00x (2.00 to 5.00) | 3.5x |" in table([found])
+    assert found["same_learning"] and "| 2.3x | 3.00x (2.00 to 5.00) | 3.5x |" in table([found])
     assert "| 0.50x (300 / 600 MB) | 0.5x reached |" in table([found])
 
 
@@ -121,3 +127,30 @@ def test_the_figure_draws_every_work_and_marks_what_does_not_learn_the_same(tmp_
     bars = [e for e in ElementTree.parse(path).iter() if e.tag.endswith("rect") and "bar" in e.get("class", "")]
     # The axis of speed ends at 5 or above, that of memory at 1: 3 of 5 against half.
     assert [float(bar.get("width", 0)) for bar in bars[:2]] == [180.0, 150.0]
+
+
+@pytest.mark.parametrize("name", ["dpo-long", "dpo-short", "reward-long"])
+def test_accords_operations_are_those_that_a_pass_runs(name: str) -> None:
+    """A prompt of the work as the trainers run it, watched. What a scalar head does is not counted."""
+    work = WORKS[name]
+    hidden, layers, heads, mlp = MODELS[work.model]
+    shape = ModelShape(hidden, layers, heads, 1024, intermediate_size=mlp)
+    model = build_model(shape, vocab_size=work.vocabulary, pad_id=0, eos_id=1, seed=0)
+    batch = collate(groups_of(work)[0][:1], layout="shared", pad_id=0)
+    observer = Observer()
+    with torch.no_grad(), observer.watching():
+        if work.kind == "reward":
+            score_completions(reward_model_from(model, 0), batch)
+        else:
+            score_tokens(model, batch)
+    seen = observer.outside["other"]
+    assert seen.useful + seen.overhead == pytest.approx(own_flops(work), rel=1e-9)
+
+
+def test_the_peers_operations_by_hand() -> None:
+    """Two rows of 224 tokens: five blocks of 4 * 256^2 + 3 * 256 * 688 = 790,528 weights and 4 * 256 operations for
+    each of 224 pairs a token, and 4,096 words of 256."""
+    assert peer_flops(DPO) == 2 * 224 * (2 * 5 * 790_528 + 5 * 4 * 256 * 224 + 2 * 4096 * 256)
+    assert peer_flops(WORKS["reward-ranked"]) == 15 * 2 * 224 * (2 * 5 * 790_528 + 5 * 4 * 256 * 224)
+    assert counted(WORKS["sft-fixed"]) == pytest.approx(1, abs=1e-3)
+    assert counted(WORKS["sft-mixed"]) is None is counted(WORKS["rloo-long"])
