@@ -2,7 +2,8 @@
 
     python -m benchmarks.scaling_cost                 all curves, up to ten million rows; an hour or more, alone
     python -m benchmarks.scaling_cost --quick         a few small points of each
-    python -m benchmarks.scaling_cost --curves check load
+    python -m benchmarks.scaling_cost --curves check load     these; results of others in the file are kept
+    python -m benchmarks.scaling_cost --up-to 1000000         no point beyond
 
 Every point is a process of its own with one thread, so that its peak memory is its own. Time is the median of UPDATES
 updates after WARM_UP, or of one reading; memory is the peak less what the process held before. The exponent of a curve
@@ -260,6 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling_cost", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few small points of each curve, no figure")
     parser.add_argument("--curves", nargs="+", choices=CURVES, default=list(CURVES), metavar="CURVE")
+    parser.add_argument("--up-to", type=int, metavar="VALUE", help="leave out the points beyond, in every curve")
     parser.add_argument("--out", type=Path, help=f"the JSON file that is written ({RESULTS.name}, or -quick)")
     parser.add_argument("--figure", type=Path, help=f"the figure (full form: {FIGURE.relative_to(ROOT)})")
     parser.add_argument("--point", nargs=2, metavar=("CURVE", "VALUE"), help=argparse.SUPPRESS)
@@ -268,18 +270,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(asdict(_measure(args.point[0], int(args.point[1]), args.quick))))
         return 0
     out = args.out or (RESULTS.with_stem(f"{RESULTS.stem}-quick") if args.quick else RESULTS)
-    panels: list[Panel] = []
-    rows: list[dict[str, Any]] = []
+    points = [Point(**row) for row in json.loads(out.read_text())] if out.exists() else []
     for name in args.curves:
-        points = [_apart(name, value, args.quick) for value in CURVES[name].points(args.quick)]
-        rows += [asdict(point) for point in points]
-        panels += _panels(name, points)
-        print("\n".join(_account(name, points)), flush=True)
+        values = [v for v in CURVES[name].points(args.quick) if args.up_to is None or v <= args.up_to]
+        measured = [_apart(name, value, args.quick) for value in values]
+        points = [point for point in points if point.curve != name] + measured
+        if len(measured) > 1:
+            print("\n".join(_account(name, measured)), flush=True)
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, rows)
+        write_json(out, [asdict(point) for point in points])
     figure = args.figure or (None if args.quick else FIGURE)
     if figure is not None:
-        write_figure(figure, panels)
+        of_curve = {name: [point for point in points if point.curve == name] for name in CURVES}
+        write_figure(figure, [panel for name, found in of_curve.items() if found for panel in _panels(name, found)])
     return 0
 
 

@@ -35,3 +35,7 @@ def test_the_quick_form_measures_each_point_apart_and_draws(tmp_path: Path, caps
     assert [(row["curve"], row["value"]) for row in rows] == [("check", n) for n in CURVES["check"].quick]
     assert all(row["seconds"] > 0 for row in rows) and "check: time grows as n^" in capsys.readouterr().out
     assert figure.read_text().startswith("<svg")
+    # Another curve joins what is there, and one that is measured again takes its own place.
+    assert main(["--quick", "--curves", "tokens", "--up-to", "100", "--out", str(out)]) == 0
+    rows = [(row["curve"], row["value"]) for row in json.loads(out.read_text())]
+    assert rows == [*(("check", n) for n in CURVES["check"].quick), ("tokens", 100)]
