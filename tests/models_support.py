@@ -97,6 +97,30 @@ def tiny_model(architecture: str, *, dtype: torch.dtype = torch.float32, seed: i
     return model
 
 
+def uneven_model(architecture: str, *, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
+    """A tiny model with biases that are not zero where there are any, and norms that are not one."""
+    made = tiny_model(architecture, dtype=dtype, **changes)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=dtype)
+    return made
+
+
+def groups_of(*lengths: tuple[int, tuple[int, ...]]) -> list[TokenGroup]:
+    """A group of random tokens for each (tokens of the prompt, tokens of its completions); all of them count."""
+    numbers = torch.Generator().manual_seed(1)
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, VOCABULARY, (count,), generator=numbers).tolist())
+
+    return [
+        TokenGroup(ids(prompt), tuple(TokenCompletion(ids(n), (True,) * n) for n in completions))
+        for prompt, completions in lengths
+    ]
+
+
 def token_group(prompt: str, *completions: str) -> TokenGroup:
     """A group from letters, one token each (a = 2); a capital letter's token does not count in the loss."""
     return TokenGroup(

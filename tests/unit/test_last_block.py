@@ -18,36 +18,11 @@ from accord.models.layout import collate
 from accord.models.load import reward_model_from
 from accord.models.recompute import recompute_activations
 from accord.models.token_scores import score_completions, score_tokens, score_values
-from accord.records import TokenCompletion, TokenGroup
-from models_support import PAD_ID, VOCABULARY, tiny_model
+from models_support import PAD_ID, groups_of, tiny_model, uneven_model
 
 FITTING = ("llama", "qwen2", "mistral")
 # What the library's norms, which compute in float32 whatever the model does, differ by between two shapes.
 ROUNDING = 2e-6
-
-
-def model(kind: str) -> Any:
-    """With biases that are not zero where there are any, and norms that are not one."""
-    made = tiny_model(kind, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            if parameter.ndim == 1:
-                parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    return made
-
-
-def groups_of(*lengths: tuple[int, tuple[int, ...]]) -> list[TokenGroup]:
-    """A group for each (tokens of the prompt, tokens of its completions)."""
-    numbers = torch.Generator().manual_seed(1)
-
-    def ids(count: int) -> tuple[int, ...]:
-        return tuple(torch.randint(3, VOCABULARY, (count,), generator=numbers).tolist())
-
-    return [
-        TokenGroup(ids(prompt), tuple(TokenCompletion(ids(n), (True,) * n) for n in completions))
-        for prompt, completions in lengths
-    ]
 
 
 GROUPS = groups_of((12, (2, 3, 0)), (7, (1,)), (9, (4, 2)))
@@ -88,20 +63,34 @@ def test_token_scores_and_gradients_are_those_of_the_whole_block(
     kind: str, layout: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the shared layout a prompt's last token is read once for all its completions; an empty one reads nothing."""
-    made, batch = model(kind), collate(GROUPS, layout=layout, pad_id=PAD_ID)
+    made, batch = uneven_model(kind), collate(GROUPS, layout=layout, pad_id=PAD_ID)
     seen = compared(made, copy.deepcopy(made), lambda m: score_tokens(m, batch).logprobs, monkeypatch)
     assert seen == [(3, 5) if layout == "shared" else (6, 4)]
 
 
 def test_values_and_scores_are_those_of_the_whole_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, batch = reward_model_from(model("llama"), seed=0).double(), collate(GROUPS, layout="shared", pad_id=PAD_ID)
+    made, batch = (
+        reward_model_from(uneven_model("llama"), seed=0).double(),
+        collate(GROUPS, layout="shared", pad_id=PAD_ID),
+    )
     assert compared(copy.deepcopy(made), copy.deepcopy(made), lambda m: score_values(m, batch), monkeypatch) == [(3, 5)]
     # The last tokens alone: of the empty completion that of its prompt.
     assert compared(made, copy.deepcopy(made), lambda m: score_completions(m, batch), monkeypatch) == [(3, 3)]
 
 
+def test_a_sliding_window_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five tokens, of rows of up to 16: the library's mask has it, and its lines at the read places are used."""
+    made = uneven_model("mistral", sliding_window=5)
+    batch = collate(groups_of((12, (4,)), (9, (2,))), layout="plain", pad_id=PAD_ID)
+    said = compared(made, copy.deepcopy(made), lambda m: score_tokens(m, batch).logprobs, monkeypatch)
+    assert said == [(2, 4)]
+    with torch.no_grad():
+        other = uneven_model("mistral", sliding_window=None)
+        assert not torch.allclose(score_tokens(made, batch).logprobs, score_tokens(other, batch).logprobs)
+
+
 def test_adapters_in_the_last_block_are_run_and_trained(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = model("llama")
+    made = uneven_model("llama")
     add_adapter(made, rank=2, alpha=4.0, targets=("q_proj", "k_proj", "o_proj", "down_proj"), seed=0)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
@@ -120,7 +109,7 @@ def test_adapters_in_the_last_block_are_run_and_trained(monkeypatch: pytest.Monk
 )
 @torch.no_grad()
 def test_any_rows_score_as_under_the_whole_block(lengths: list[tuple[int, list[int]]], layout: Any) -> None:
-    made = model("llama")
+    made = uneven_model("llama")
     batch = collate(groups_of(*((p, tuple(n)) for p, n in lengths)), layout=layout, pad_id=PAD_ID)
     ours = score_tokens(made, batch).logprobs
     with pytest.MonkeyPatch.context() as patch:
@@ -130,7 +119,7 @@ def test_any_rows_score_as_under_the_whole_block(lengths: list[tuple[int, list[i
 
 
 def test_other_places_are_zero_without_gradient_and_the_block_is_left_as_it_was() -> None:
-    made = model("llama")
+    made = uneven_model("llama")
     read = torch.zeros(1, 6, dtype=torch.bool)
     read[0, [1, 4]] = True
     states: list[Tensor] = []
@@ -160,7 +149,7 @@ def test_a_block_runs_whole_where_narrowing_does_not_fit() -> None:
 
 def test_recomputed_activations_are_those_of_the_narrow_block() -> None:
     """The second run, in the backward pass, comes when the block is itself again."""
-    made, batch = model("llama"), collate(GROUPS, layout="shared", pad_id=PAD_ID)
+    made, batch = uneven_model("llama"), collate(GROUPS, layout="shared", pad_id=PAD_ID)
     twin = copy.deepcopy(made)
     recompute_activations(twin)
     seen = narrowed(twin)

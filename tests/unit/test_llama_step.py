@@ -13,20 +13,9 @@ from accord.rollout import native
 from accord.rollout.llama_step import LlamaStep, llama_step
 from accord.rollout.native import NativeSampler, PromptTokens
 from accord.rollout.sampling import Sampling
-from models_support import PAD_ID, VOCABULARY, tiny_model
+from models_support import PAD_ID, VOCABULARY, tiny_model, uneven_model
 
 FITTING = ("llama", "qwen2", "mistral")
-
-
-def model(kind: str, dtype: torch.dtype = torch.float64) -> Any:
-    """With biases that are not zero where there are any, and norms that are not one."""
-    made = tiny_model(kind, dtype=dtype)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            if parameter.ndim == 1:
-                parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=dtype)
-    return made
 
 
 @pytest.mark.parametrize("kind", FITTING)
@@ -34,7 +23,7 @@ def model(kind: str, dtype: torch.dtype = torch.float64) -> Any:
 def test_steps_give_the_logits_of_whole_rows(kind: str) -> None:
     """Two key heads for four query heads; the first row is padded on the left by 3. The library's norms compute in
     float32 whatever the model does, ours do not."""
-    made, steps = model(kind), 4
+    made, steps = uneven_model(kind), 4
     step = llama_step(made)
     assert step is not None
     ids = torch.randint(2, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -73,9 +62,9 @@ def sampled(made: Any) -> tuple[NativeSampler, list[Any]]:
 
 
 def test_samples_and_their_logprobs_are_those_of_the_models_own_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, short = sampled(model("llama"))
+    _, short = sampled(uneven_model("llama"))
     monkeypatch.setattr(native, "llama_step", lambda model: None)
-    _, own = sampled(model("llama"))
+    _, own = sampled(uneven_model("llama"))
     for ours, theirs in zip(short, own, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             assert a.ids == b.ids
@@ -83,10 +72,10 @@ def test_samples_and_their_logprobs_are_those_of_the_models_own_step(monkeypatch
 
 
 def test_a_step_that_says_something_else_is_noticed_and_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, right = sampled(model("llama"))
+    _, right = sampled(uneven_model("llama"))
     inner = LlamaStep.__call__
     monkeypatch.setattr(LlamaStep, "__call__", lambda self, *args: inner(self, *args) * 1.01)
     with pytest.warns(UserWarning, match="the model's own is used"):
-        sampler, samples = sampled(model("llama"))
+        sampler, samples = sampled(uneven_model("llama"))
     assert sampler._step is None
     assert [s.ids for group in samples for s in group] == [s.ids for group in right for s in group]

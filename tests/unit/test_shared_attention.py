@@ -18,23 +18,10 @@ from accord.models.self_check import check_layouts
 from accord.models.shared_attention import rows_of, splitting
 from accord.models.token_scores import score_tokens
 from accord.records import TokenCompletion, TokenGroup
-from models_support import ARCHITECTURES, PAD_ID, VOCABULARY, tiny_model
+from models_support import ARCHITECTURES, PAD_ID, VOCABULARY, groups_of, tiny_model
 
 # gemma2 caps its attention scores, gptj writes its attention out: neither runs through "sdpa".
 SPLIT = sorted(set(ARCHITECTURES) - {"gemma2", "gptj"})
-
-
-def groups_of(*lengths: tuple[int, tuple[int, ...]]) -> list[TokenGroup]:
-    """A group for each (tokens of the prompt, tokens of its completions)."""
-    numbers = torch.Generator().manual_seed(1)
-
-    def ids(count: int) -> tuple[int, ...]:
-        return tuple(torch.randint(3, VOCABULARY, (count,), generator=numbers).tolist())
-
-    return [
-        TokenGroup(ids(prompt), tuple(TokenCompletion(ids(n), (True,) * n) for n in completions))
-        for prompt, completions in lengths
-    ]
 
 
 GROUPS = groups_of((3, (4, 2, 5, 0, 3)), (1, (1, 6)), (5, (2,)))

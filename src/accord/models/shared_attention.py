@@ -89,7 +89,7 @@ def _rows(batch: CompletionBatch) -> SharedRows:
     first = batch.row_index[:, None] * length
     # In front of its first token a completion has its prompt; an empty one ends in it.
     begun = torch.where(batch.valid_mask[:, :1], batch.predict_index[:, :1], batch.last_index[:, None])
-    prompts = begun[:, :1] + 1
+    prompts = begun + 1
     prompt = int(prompts.max())
     steps = torch.arange(prompt, device=device)
     queries = first + batch.token_index
