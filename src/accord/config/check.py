@@ -87,6 +87,7 @@ def _model(model: ModelConfig) -> list[str]:
             for key, chosen in others.items()
             if chosen
         ]
+    problems += _attention(model)
     if model.adapter is not None and model.adapter.targets:
         problems += [
             f"`model.adapter.ranks` names {ending}, which is no layer that `model.adapter.targets` = "
@@ -98,6 +99,30 @@ def _model(model: ModelConfig) -> list[str]:
         problems.append(
             f"`model.trainable_blocks` = {model.trainable_blocks} is more than `model.scratch.layers` = "
             f"{model.scratch.layers}"
+        )
+    return problems
+
+
+def _attention(model: ModelConfig) -> list[str]:
+    """Kernels that the rest of the section leaves nothing to do, or makes impossible."""
+    chosen = f"`model.attention` = {model.attention}"
+    problems = []
+    if model.attention in {"flex", "flash"} and model.device == "cpu":
+        problems.append(f"{chosen} trains on a GPU alone, and `model.device` = cpu: set one of them to auto")
+    if model.attention == "flex" and model.layout == "plain":
+        problems.append(
+            f"{chosen} is for the mask of the shared layout, and `model.layout` = plain has none: set one of them to "
+            "auto"
+        )
+    if model.attention == "flash" and model.layout == "shared":
+        problems.append(
+            f"{chosen} takes no mask, and `model.layout` = shared needs one: set `model.layout` = plain, or "
+            "`model.attention` = flex or auto"
+        )
+    if model.attention == "flash" and model.precision == "float32":
+        problems.append(
+            f"{chosen} computes in 16 bits alone, and `model.precision` is float32: set `model.precision` = bfloat16, "
+            "or `model.attention` = auto"
         )
     return problems
 

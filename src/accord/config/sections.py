@@ -88,6 +88,12 @@ class ModelConfig(Section):
         description="Number format of the matrix products: weights, optimiser and losses stay float32. `bfloat16` and "
         "`float16` (with a loss scale) are for GPUs; CPUs are slower with them.",
     )
+    attention: Literal["auto", "sdpa", "eager", "flex", "flash"] = Field(
+        "auto",
+        description="What computes attention: `sdpa` is torch's scaled-dot-product attention, `eager` writes it out, "
+        "slowly; on GPUs `flex` (FlexAttention) leaves out what the shared layout's mask hides, and `flash` is the "
+        "package flash-attn, for the plain layout. `auto` is `sdpa` on every device, where the architecture has it.",
+    )
     activation_checkpointing: bool = Field(
         False,
         description="Keep no activations of the blocks for the backward pass, compute them again: less memory, a third "

@@ -26,6 +26,7 @@ from accord.guards import guard_account, guard_ending, read_guard_log
 from accord.methods.catalogue import STAGES
 from accord.methods.corpus import Corpus, Part
 from accord.models.adapters import add_adapter, fold_adapter, has_adapter, save_adapter
+from accord.models.attention import attending, check_attention
 from accord.models.blocks import train_top_blocks
 from accord.models.compiled import compile_seconds, compile_trunk
 from accord.models.device import choose_device
@@ -195,6 +196,7 @@ def run_stage(
     other settings in the same folder is refused, never mixed in.
     """
     folder = context.root / stage
+    check_attention(context.recipe.model.attention, context.device)
     context.console.print(f"\n[bold]{stage}[/]  {folder}", highlight=False)
     if context.recipe.threads is not None:
         torch.set_num_threads(context.recipe.threads)
@@ -214,7 +216,7 @@ def run_stage(
             for note in run.notes:
                 context.say(note)
             compiled = compile_seconds()
-            with precision(context.recipe.model.precision):
+            with precision(context.recipe.model.precision), attending(context.recipe.model.attention):
                 summary = _with_guards(folder, {"stage": stage, **body(run)})
             if compile_seconds() > compiled:
                 context.say(f"of the time, compiling took {compile_seconds() - compiled:.0f} s")
@@ -258,6 +260,8 @@ def _model_settings(context: Context, stage: str) -> dict[str, Any]:
         unread |= {"compile"}
     if context.recipe.model.precision == "float32":  # so runs from before there was a choice continue
         unread |= {"precision"}
+    if context.recipe.model.attention == "auto":
+        unread |= {"attention"}
     return context.recipe.model.model_dump(mode="json", exclude=unread)
 
 

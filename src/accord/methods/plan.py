@@ -29,7 +29,7 @@ from accord.data.order import num_steps
 from accord.errors import ConfigError, DataError
 from accord.methods.catalogue import STAGES
 from accord.methods.corpus import Corpus, Part, split_holdout
-from accord.models.extras import require_bitsandbytes
+from accord.models.extras import require_bitsandbytes, require_flash_attention
 from accord.models.paths import check_model_path
 from accord.records import Group
 
@@ -146,6 +146,8 @@ def check_sizes(recipe: Recipe, corpus: Corpus, stages: list[str]) -> None:
     there: now, not after the stages before."""
     if recipe.model.quantise is not None and any(STAGES[stage].trained for stage in stages if stage in STAGES):
         require_bitsandbytes("model.quantise")
+    if recipe.model.attention == "flash":
+        require_flash_attention("model.attention")
     for stage in stages:
         if getattr(getattr(recipe, stage, None), "optimiser", "adamw") == "adamw_8bit":
             require_bitsandbytes(f"{stage}.optimiser")

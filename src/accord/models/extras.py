@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from accord.errors import ConfigError
 
-__all__ = ["require_bitsandbytes"]
+__all__ = ["require_bitsandbytes", "require_flash_attention"]
 
 
 def require_bitsandbytes(key: str) -> None:
@@ -14,4 +14,13 @@ def require_bitsandbytes(key: str) -> None:
     if find_spec("bitsandbytes") is None:
         raise ConfigError(
             f"`{key}` needs bitsandbytes, which is not installed: pip install 'accord-rlhf[quant]', or unset `{key}`"
+        )
+
+
+def require_flash_attention(key: str) -> None:
+    """Raises ConfigError when `key` asks for flash-attn and it is not installed."""
+    if find_spec("flash_attn") is None:
+        raise ConfigError(
+            f"`{key}` = flash needs the package flash-attn, which is not installed: pip install flash-attn, or set "
+            f"`{key}` to auto"
         )

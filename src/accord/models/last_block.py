@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from transformers import LlamaModel, MistralModel, Qwen2Model
 from transformers.models.llama.modeling_llama import rotate_half
 
+from accord.models.flex import BlockMask
 from accord.models.shared_attention import rows_of
 
 __all__ = ["most_read", "only_at"]
@@ -34,11 +35,11 @@ _KINDS = (LlamaModel, Qwen2Model, MistralModel)
 _WORTH_IT = 0.75
 
 
-def most_read(trunk: Any, read: Tensor, mask: Tensor | None = None) -> Tensor | None:
+def most_read(trunk: Any, read: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor | None:
     """(R, Q) places of each row to run the last block at, the read ones first, from `read` (R, L) bool; None where the
-    block runs whole: another architecture, attention written out, or hardly less to do, also because attention under
-    this mask is split and computes fewer pairs than L for each read place."""
-    if type(trunk) not in _KINDS or trunk.config._attn_implementation != "sdpa":
+    block runs whole: another architecture, attention written out or in blocks, or hardly less to do, also because
+    attention under this mask is split and computes fewer pairs than L for each read place."""
+    if type(trunk) not in _KINDS or trunk.config._attn_implementation != "sdpa" or isinstance(mask, BlockMask):
         return None
     block = trunk.layers[-1]
     if "forward" in vars(block):

@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 from accord.atomic import new_folder
 from accord.errors import ConfigError
 from accord.models.adapters import bare_trunk
+from accord.models.attention import set_attention
 from accord.models.heads import average_heads, fill_head, scalar_head, score_head
 from accord.models.paths import check_model_path
 from accord.models.sharing import sharing_copy
@@ -228,6 +229,7 @@ def _load(kind: Any, path: str | Path, dtype: torch.dtype, device: torch.device 
             "*.safetensors and a tokenizer, or the name of a model on the Hugging Face hub that is already downloaded "
             "or can be reached"
         ) from error
+    set_attention(model)
     missing = sorted(report["missing_keys"])
     if missing:
         raise ConfigError(

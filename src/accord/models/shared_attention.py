@@ -10,7 +10,7 @@ so that cost grows with the number of completions, not with its square. Values a
 rounding. The prompt's keys and values are copied for every completion, T + P places each.
 
 Every model whose attention transformers looks up by the name "sdpa" takes part. Our function stands under that name and
-is the library's own, but for masks that it was told of by `splitting`.
+is the library's own, but for masks that it was told of by `splitting`, and those in blocks, which are `flex`'s.
 
 Legend: R rows, L places of a row, C completions, T tokens of the longest, P tokens of the longest prompt, A heads, D
 head size.
@@ -27,6 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from accord.models.flex import BlockMask, flex
 from accord.models.layout import CompletionBatch
 
 __all__ = ["SharedRows", "rows_of", "split", "splitting"]
@@ -114,9 +115,16 @@ def _rows(batch: CompletionBatch) -> SharedRows:
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    **settings: Any,
 ) -> tuple[Tensor, None]:
     """(R, L, A, D) from queries (R, A, L, D), keys and values; what transformers calls for "sdpa"."""
+    if isinstance(attention_mask, BlockMask):
+        return flex(query, key, value, attention_mask, **settings), None
     rows = rows_of(attention_mask)
     if rows is None or settings.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)

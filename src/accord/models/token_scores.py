@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from accord.errors import ConfigError
+from accord.models.attention import blockwise
 from accord.models.compiled import trunk_of
+from accord.models.flex import BlockMask, as_blocks
 from accord.models.heads import scalar_head, score_head
 from accord.models.last_block import most_read, only_at
 from accord.models.layout import CompletionBatch
@@ -228,11 +230,12 @@ def _marked(like: Tensor, places: Tensor) -> Tensor:
     return torch.zeros_like(like, dtype=torch.bool).view(-1).index_fill_(0, places, True).view_as(like)
 
 
-def _as_model_mask(model: Any, batch: CompletionBatch) -> Tensor:
-    """The boolean mask for scaled-dot-product attention; the additive one for attention written out in Python."""
+def _as_model_mask(model: Any, batch: CompletionBatch) -> Tensor | BlockMask:
+    """The boolean mask for scaled-dot-product attention, or its blocks; the additive one for attention written out in
+    Python."""
     kind, mask = model.config._attn_implementation, batch.attention_mask
     if kind == "sdpa":
-        return splitting(batch)
+        return as_blocks(mask) if blockwise() else splitting(batch)
     if kind == "eager":
         return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(
             ~mask, torch.finfo(model.dtype).min

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from accord.models.flex import BlockMask, computed_pairs, seen_pairs
 from accord.models.shared_attention import rows_of
 from accord.phases import Clock
 from accord.profiling.flops import Attention, Flops, Matrix, Trunk, causal_pairs, matrix_flops, trunk_flops
@@ -177,15 +178,18 @@ class _Size:
 
 def _pass_size(ids: Tensor, mask: Any, config: Any, cached: int, read: Tensor | None = None) -> _Size:
     """Padding is known by its id, for some passes take it for real on purpose; behind a cache there is none. A mask
-    written out is run in full, pairs it hides included, unless attention is split; under a causal one only what it
-    shows is run. With `read`, of a pass whose queries are these places alone, in every row as many as in the row with
-    most, under a mask."""
+    written out is run in full, pairs it hides included, unless attention is split; of one in blocks those that show
+    anything are run; under a causal one only what it shows is run. With `read`, of a pass whose queries are these
+    places alone, in every row as many as in the row with most, under a mask."""
     rows, length = ids.shape
     if cached:  # finished rows cannot be told here
         return _Size(rows * length, rows * length, float(mask.sum()), float(mask.numel()))
     pad_id = config.get_text_config().pad_token_id
     real = torch.ones_like(ids, dtype=torch.bool) if pad_id is None else ids != pad_id
     queries = real if read is None else real & read
+    blocks, split = mask if isinstance(mask, BlockMask) else None, rows_of(mask)
+    if blocks is not None:
+        mask = seen_pairs(blocks)
     written_out = isinstance(mask, Tensor) and mask.dim() == 4
     if written_out:
         visible = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
@@ -193,8 +197,9 @@ def _pass_size(ids: Tensor, mask: Any, config: Any, cached: int, read: Tensor | 
     else:
         pairs = float((real.cumsum(1) * queries).sum())
     run = length if read is None else max(1, int(read.sum(1).max()))
-    split = rows_of(mask)
-    if split is not None and read is None:
+    if blocks is not None:
+        pairs_run = float(computed_pairs(blocks))
+    elif split is not None and read is None:
         pairs_run = float(split.pairs)
     else:
         pairs_run = float(rows * (run * length if written_out or read is not None else causal_pairs(length)))
