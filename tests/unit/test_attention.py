@@ -1,5 +1,5 @@
-"""The attention a recipe chooses. Masks in blocks are compared with torch's masked attention, values and gradients. On a
-CPU torch has no kernel for FlexAttention's gradient and refuses one, so here its plain code runs."""
+"""The attention a recipe chooses. Masks in blocks are compared with torch's masked attention, values and gradients. On
+a CPU torch has no kernel for FlexAttention's gradient and refuses one, so here its plain code runs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from accord.cli.main import main
@@ -177,8 +178,10 @@ def test_a_compiled_trunk_takes_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "_validate_device", lambda *tensors: None)
     torch._dynamo.reset()
     model, plain = (tiny_model("opt", num_hidden_layers=1) for _ in range(2))
-    compile_trunk(model, backend="eager")
+    counter = CompileCounter()
+    compile_trunk(model, backend=counter)
     assert_close(gradients(model, shared(), "flex"), gradients(plain, shared(), "sdpa"), 1e-4)
+    assert counter.frame_count == 1, "attention broke the trunk's graph"
     torch._dynamo.reset()
 
 
