@@ -76,7 +76,9 @@ def _machine(context: Context) -> str:
     """What the stages run on, and how."""
     device, threads = context.device, context.recipe.threads or torch.get_num_threads()
     name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-    return f"device: {name}, {threads} CPU threads, {context.recipe.model.precision}, {allocator_note()}"
+    model = context.recipe.model
+    attention = "" if model.attention == "auto" else f"attention by {model.attention}, "
+    return f"device: {name}, {threads} CPU threads, {model.precision}, {attention}{allocator_note()}"
 
 
 def write_overview(context: Context, more: Mapping[str, Any] | None = None) -> None:

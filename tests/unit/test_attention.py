@@ -4,6 +4,7 @@ a CPU torch has no kernel for FlexAttention's gradient and refuses one, so here 
 from __future__ import annotations
 
 import copy
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from accord.cli.main import main
 from accord.config import recipe_from
 from accord.errors import CheckpointError, ConfigError
 from accord.methods import context as context_module
+from accord.methods.context import Context, choose_layout
 from accord.methods.corpus import Corpus, Part
 from accord.methods.plan import check_sizes
 from accord.models import flex as flex_module
@@ -41,7 +43,7 @@ from accord.records import TokenCompletion, TokenGroup
 from accord.rollout.native import NativeSampler, PromptTokens
 from accord.rollout.sampling import Sampling
 from models_support import PAD_ID, VOCABULARY, groups_of, tiny_model, word_tokenizer
-from stages_support import QUICK, answers_to, saved_model
+from stages_support import QUICK, answers_to, logged, saved_model
 
 GROUPS = groups_of((3, (4, 2, 5, 0, 3)), (1, (1, 6)), (5, (2,)))
 CUDA = torch.device("cuda", 0)
@@ -288,33 +290,46 @@ PART = Part.of(
 )
 
 
-def trained(out: Path, model: Path, attention: str) -> list[dict[str, float]]:
+def trained(out: Path, model: Path, attention: str) -> tuple[list[dict[str, float]], str]:
+    """The metrics of a stage, and what it said."""
     tree = {"model": {"path": str(model), "attention": attention}, "threads": 1, "out": str(out), "dpo": QUICK}
-    with open("/dev/null", "w") as nowhere:
-        run_stages(recipe_from(tree), Corpus(preferences=PART), ["dpo"], Console(file=nowhere))
-    return [json.loads(line) for line in (out / "dpo" / "metrics.jsonl").read_text().splitlines()]
+    screen = io.StringIO()
+    run_stages(recipe_from(tree), Corpus(preferences=PART), ["dpo"], Console(file=screen, width=1000))
+    return logged(out, "dpo"), screen.getvalue()
 
 
 def test_a_stage_trains_by_it_and_says_the_same(
     passes: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = saved_model(tmp_path / "model", PART.groups, 0)
-    expected = trained(tmp_path / "auto", model, "auto")
-    written_out = trained(tmp_path / "eager", model, "eager")
+    expected, said = trained(tmp_path / "auto", model, "auto")
+    assert "attention by" not in said
     with pytest.raises(ConfigError, match="flex trains on a GPU alone"):
         trained(tmp_path / "flex", model, "flex")
     assert not passes and not (tmp_path / "flex").exists()
     monkeypatch.setattr(context_module, "check_attention", lambda choice, device: None)
-    in_blocks = trained(tmp_path / "flex", model, "flex")
-    assert passes
-    for found in (written_out, in_blocks):
+    for choice in ("eager", "flex"):
+        found, said = trained(tmp_path / choice, model, choice)
+        assert f"attention by {choice}, " in said
+        assert " 0 from the cache" in said, "another attention's reference was taken"
         assert len(found) == len(expected) > 1
         for ours, theirs in zip(found, expected, strict=True):
             assert ours["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-5)
             assert ours["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=1e-3)
+    assert passes
     # It decides last bits: a run goes on with what it was begun with.
     with pytest.raises(CheckpointError, match="attention"):
         trained(tmp_path / "flex", model, "sdpa")
+
+
+@pytest.mark.parametrize(("attention", "completions", "times"), [("flex", 1, 1), ("flex", 3, 0), ("auto", 1, 0)])
+def test_blocks_without_a_mask_to_cut_are_said(attention: str, completions: int, times: int) -> None:
+    screen, groups = io.StringIO(), groups_of((6, (3,) * completions))
+    context = Context(
+        recipe_from({"model": {"path": "x", "attention": attention}}), Corpus(), Console(file=screen, width=1000)
+    )
+    assert choose_layout(context, tiny_model("llama"), groups, PAD_ID) == ("plain" if completions == 1 else "shared")
+    assert screen.getvalue().count("`model.attention` = flex has nothing to do") == times
 
 
 def test_the_command_refuses_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

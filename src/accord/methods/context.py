@@ -414,6 +414,8 @@ def choose_layout(context: Context, model: Any, groups: Sequence[TokenGroup], pa
         return "shared"
     if check.reason and shared <= SHARING_PAYS * plain:
         context.say(f"prompts are run once per completion: {check.reason}")
+    if context.recipe.model.attention == "flex":
+        context.say("`model.attention` = flex has nothing to do: where a row is one completion, there is no mask")
     return "plain"
 
 

@@ -38,6 +38,7 @@ from accord.atomic import cache_folder as cached
 from accord.atomic import make_folder, write_bytes
 from accord.errors import AccordError, TrainingError
 from accord.methods.offline import sequence_logprobs
+from accord.models.attention import chosen_attention
 from accord.models.layout import Layout
 from accord.models.memory import MicroBatches
 from accord.models.precision import reading_dtype
@@ -128,6 +129,8 @@ def _identity(model: Any, weights: str) -> str:
     parts = [FORMAT, weights, commit, settings, str(reading_dtype() or model.dtype), model.device.type]
     if is_quantised(model):
         parts.append("nf4")
+    if chosen_attention() != "auto":
+        parts.append(chosen_attention())
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

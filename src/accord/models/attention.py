@@ -21,7 +21,7 @@ import torch
 from accord.errors import ConfigError
 from accord.models.extras import require_flash_attention
 
-__all__ = ["attending", "blockwise", "check_attention", "set_attention"]
+__all__ = ["attending", "blockwise", "check_attention", "chosen_attention", "set_attention"]
 
 _IMPLEMENTATIONS = {"auto": None, "sdpa": "sdpa", "eager": "eager", "flex": "sdpa", "flash": "flash_attention_2"}
 _choice: ContextVar[str] = ContextVar("attention", default="auto")
@@ -37,9 +37,14 @@ def attending(choice: str) -> Iterator[None]:
         _choice.reset(token)
 
 
+def chosen_attention() -> str:
+    """The attention of the block this is called in."""
+    return _choice.get()
+
+
 def blockwise() -> bool:
     """Whether attention under a mask of ours is computed block by block."""
-    return _choice.get() == "flex"
+    return chosen_attention() == "flex"
 
 
 def check_attention(choice: str, device: torch.device) -> None:
@@ -59,7 +64,7 @@ def set_attention(model: Any) -> None:
 
     Raises: ConfigError for an architecture that transformers cannot run this way.
     """
-    choice = _choice.get()
+    choice = chosen_attention()
     wanted = _IMPLEMENTATIONS[choice]
     if wanted is None:
         return
