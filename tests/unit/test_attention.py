@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
+from transformers.integrations import flash_attention
 
 from accord.cli.main import main
 from accord.config import recipe_from
@@ -185,6 +186,30 @@ def test_a_compiled_trunk_takes_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(gradients(model, shared(), "flex"), gradients(plain, shared(), "sdpa"), 1e-4)
     assert counter.frame_count == 1, "attention broke the trunk's graph"
     torch._dynamo.reset()
+
+
+def test_flash_kernels_are_given_plain_rows_in_16_bits_and_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's kernel is torch's here; what transformers hands to it is seen."""
+    seen: list[tuple[Any, ...]] = []
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor, mask: Any, **settings: Any) -> Tensor:
+        seen.append((settings["target_dtype"], mask))
+        rows = (x.to(settings["target_dtype"]).transpose(1, 2) for x in (query, key, value))
+        return F.scaled_dot_product_attention(
+            *rows, is_causal=True, scale=settings["softmax_scale"], enable_gqa=True
+        ).transpose(1, 2)
+
+    monkeypatch.setattr(flash_attention, "_flash_attention_forward", kernel)
+    model = tiny_model("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    with precision("bfloat16"):
+        check = check_layouts(model, GROUPS, PAD_ID)
+        found = score_tokens(model, collate(GROUPS, layout="plain", pad_id=PAD_ID)).logprobs
+        model.config._attn_implementation = "sdpa"
+        expected = score_tokens(model, collate(GROUPS, layout="plain", pad_id=PAD_ID)).logprobs
+    assert check.layout == "plain" and "'flash_attention_2' takes no mask" in check.reason
+    assert set(seen) == {(torch.bfloat16, None)}
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05)
 
 
 def test_what_an_architecture_adds_to_attention_is_refused() -> None:
