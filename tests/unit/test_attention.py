@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,22 @@ def test_flash_kernels_are_given_plain_rows_in_16_bits_and_no_mask(monkeypatch: 
     assert check.layout == "plain" and "'flash_attention_2' takes no mask" in check.reason
     assert set(seen) == {(torch.bfloat16, None)}
     torch.testing.assert_close(found, expected, rtol=0, atol=0.05)
+
+
+def test_every_kind_of_pass_has_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch compiles one kind only, two and more are compiled all the same: without a kernel all pairs would be
+    computed. Compiled to plain calls."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    kernel = flex_module._compiled.__wrapped__()
+    monkeypatch.setattr(flex_module, "_compiled", lambda: kernel)
+    for rows, length, compiled in ((2, 9, 1), (1, 9, 2), (3, 12, 2), (1, 130, 3)):
+        x, mask = torch.ones(rows, 1, length, 4), torch.ones(rows, 1, length, length, dtype=torch.bool).tril()
+        torch.testing.assert_close(flex(x, x, x, as_blocks(mask)), x.transpose(1, 2))
+        assert counter.frame_count == compiled
+    torch._dynamo.reset()
 
 
 def test_what_an_architecture_adds_to_attention_is_refused() -> None:
