@@ -218,14 +218,14 @@ def test_every_kind_of_pass_has_its_kernel(monkeypatch: pytest.MonkeyPatch) -> N
     computed. Compiled to plain calls."""
     torch._dynamo.reset()
     counter = CompileCounter()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     kernel = flex_module._compiled.__wrapped__()
     monkeypatch.setattr(flex_module, "_compiled", lambda: kernel)
-    for rows, length, compiled in ((2, 9, 1), (1, 9, 2), (3, 12, 2), (1, 130, 3)):
-        x, mask = torch.ones(rows, 1, length, 4), torch.ones(rows, 1, length, length, dtype=torch.bool).tril()
-        torch.testing.assert_close(flex(x, x, x, as_blocks(mask)), x.transpose(1, 2))
-        assert counter.frame_count == compiled
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for rows, length, compiled in ((2, 9, 1), (1, 9, 2), (3, 12, 2), (1, 130, 3)):
+            x, mask = torch.ones(rows, 1, length, 4), torch.ones(rows, 1, length, length, dtype=torch.bool).tril()
+            torch.testing.assert_close(flex(x, x, x, as_blocks(mask)), x.transpose(1, 2))
+            assert counter.frame_count == compiled
     torch._dynamo.reset()
 
 
