@@ -385,7 +385,8 @@ _DECLARED = (
     Metric("time/step_cpu_seconds", "seconds", "sum", "down", "CPU time of the process during the step",
            "All threads together; less than the wall clock where the step waited for others."),
     Metric("time/compile_seconds", "seconds", "sum", "down", "wall clock of compiling passes during the step",
-           "Part of the step's seconds; only in steps that met a new kind of pass (`model.compile`)."),
+           "Part of the step's seconds; only in steps that met a new kind of pass (`model.compile`, "
+           "`model.compile_sampling`)."),
     Metric("time/generate_seconds", "seconds", "sum", "down", "wall clock of sampling", "Writing completions."),
     Metric("time/score_seconds", "seconds", "sum", "down", "wall clock of scoring", "Reward, reference, value passes."),
     Metric("time/update_seconds", "seconds", "sum", "down", "wall clock of the updates", "Forward, backward, step."),

@@ -87,6 +87,16 @@ def _model(model: ModelConfig) -> list[str]:
             for key, chosen in others.items()
             if chosen
         ]
+    if model.compile_sampling and model.adapter is not None:
+        problems.append(
+            "`model.compile_sampling` and `model.adapter` are both set, and the step of a model with adapters "
+            "cannot be compiled: choose one"
+        )
+    if model.compile_sampling and model.scratch is not None and model.scratch.kind != "llama":
+        problems.append(
+            f"`model.compile_sampling` compiles the step of Llama-like models, and `model.scratch.kind` = "
+            f"{model.scratch.kind}: take `llama`, or drop `model.compile_sampling`"
+        )
     problems += _attention(model)
     if model.adapter is not None and model.adapter.targets:
         problems += [

@@ -30,10 +30,9 @@ from accord.methods.bestofn_account import Judged, bestofn_summary
 from accord.methods.candidates import Drawing, draw
 from accord.methods.context import Context, LoadedPolicy, data_note, run_stage, weights_hash
 from accord.methods.judges import judges_of
-from accord.methods.roles import starting_model, step_prompts
+from accord.methods.roles import sampler_of, starting_model, step_prompts
 from accord.methods.rollouts import Prompt
 from accord.records import Completion, Group, Message
-from accord.rollout.native import NativeSampler
 from accord.rollout.sampling import Sampling
 from accord.training.environment import peak_memory_mb
 from accord.training.loop import Captured, StepOutcome, run_training
@@ -137,7 +136,7 @@ def run_bestofn(context: Context) -> dict[str, Any]:
         policy = LoadedPolicy.of(context, start)
         prompts = step_prompts(context, policy, section.max_new_tokens)[: section.prompts]
         scorer, _ = judges.scorer(context, section.micro_batch_tokens, policy, run.path)
-        drawing = Drawing(NativeSampler(policy.model, pad_id=policy.pad_id), policy.template, scorer, judges.gold)
+        drawing = Drawing(sampler_of(context, policy), policy.template, scorer, judges.gold)
         sampling = BestOfNSampling(drawing, prompts, section, run.path / "chunks", context.seed)
         context.say(f"{len(prompts)} prompts x {section.n} answers, in {sampling.total_steps} chunks")
         run_training(sampling, run, context.console, context.recipe.guards)

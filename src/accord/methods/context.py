@@ -258,6 +258,8 @@ def _model_settings(context: Context, stage: str) -> dict[str, Any]:
         unread |= {"adapter", "trainable_blocks", "quantise", "compile"}
     if not context.recipe.model.compile:
         unread |= {"compile"}
+    if not context.recipe.model.compile_sampling or stage not in STAGES or STAGES[stage].data != "prompts":
+        unread |= {"compile_sampling"}
     if context.recipe.model.precision == "float32":  # so runs from before there was a choice continue
         unread |= {"precision"}
     if context.recipe.model.attention == "auto":

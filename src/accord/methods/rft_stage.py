@@ -11,9 +11,8 @@ from accord.methods.card import model_card
 from accord.methods.context import Context, LoadedPolicy, data_note, headline, run_stage, weights_hash
 from accord.methods.judges import judges_of
 from accord.methods.rft import RFTTrainer
-from accord.methods.roles import sampling_layout, starting_model, step_prompts
+from accord.methods.roles import sampler_of, sampling_layout, starting_model, step_prompts
 from accord.report.reading import read_run
-from accord.rollout.native import NativeSampler
 from accord.training.loop import run_training
 from accord.training.runfolder import RunFolder
 
@@ -40,7 +39,7 @@ def run_rft(context: Context) -> dict[str, Any]:
                 "prompts are left: lower it, or give more prompts"
             )
         scorer, _ = judges.scorer(context, section.micro_batch_tokens, policy, run.path)
-        sampler = NativeSampler(policy.model, pad_id=policy.pad_id)
+        sampler = sampler_of(context, policy)
         # A kept completion is an example of its own, as in SFT.
         layout = sampling_layout(context, policy, [t for _, t in prompts], section.max_new_tokens, 1)
         trainer = RFTTrainer(

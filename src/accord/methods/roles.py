@@ -31,6 +31,7 @@ __all__ = [
     "holdout_of",
     "partner_of",
     "rollout_models",
+    "sampler_of",
     "sampling_layout",
     "starting_model",
     "step_prompts",
@@ -70,6 +71,11 @@ def step_prompts(context: Context, policy: LoadedPolicy, max_new_tokens: int) ->
     return list(tokenised(context, groups, policy.template, "prompts", max_tokens=room, max_prompt_tokens=limit))
 
 
+def sampler_of(context: Context, policy: LoadedPolicy) -> NativeSampler:
+    """The sampler of a stage that learns or chooses from its samples, its step compiled if the recipe asks for that."""
+    return NativeSampler(policy.model, pad_id=policy.pad_id, compiled=context.recipe.model.compile_sampling)
+
+
 def rollout_models(
     context: Context,
     section: RolloutFields,
@@ -88,7 +94,7 @@ def rollout_models(
     return RolloutModels(
         policy=policy.model,
         reference=reference,
-        sampler=NativeSampler(policy.model, pad_id=policy.pad_id),
+        sampler=sampler_of(context, policy),
         template=policy.template,
         scorer=scorer,
         gold=gold,

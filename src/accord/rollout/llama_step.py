@@ -45,8 +45,16 @@ class LlamaStep:
             positions: (B, 1) int64 of the new tokens.
             cache: transformers' cache, whose layers hold S - 1 tokens.
         """
-        trunk = self._model.base_model
+        self.tell(tokens, mask)
+        return self.logits(tokens, mask, positions, cache)
+
+    def tell(self, tokens: Tensor, mask: Tensor) -> None:
+        """Say that these tokens are about to run."""
         passing(self._model, tokens[:, None], mask, cached=mask.shape[1] - 1, logits=True)
+
+    def logits(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        """The arithmetic alone, for a compiler; of the cache it takes `update` and nothing else."""
+        trunk = self._model.base_model
         x = trunk.embed_tokens(tokens)
         cos, sin = trunk.rotary_emb(x[:, None], position_ids=positions)  # (B, 1, D)
         half = sin.shape[-1] // 2

@@ -7,19 +7,17 @@ Legend: B sequences in the batch, P prompt tokens with left padding, C new token
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from accord.errors import ConfigError, DataError, TrainingError
 from accord.models.memory import asked_for, free_memory
@@ -27,6 +25,8 @@ from accord.models.precision import reading
 from accord.phases import passing
 from accord.randomness import generator
 from accord.records import SampledCompletion
+from accord.rollout.cache import first_row, reserve, take_rows
+from accord.rollout.compiled_step import CompiledStep, compiled_step
 from accord.rollout.llama_step import LlamaStep, llama_step
 from accord.rollout.sampling import Sampling, choose
 
@@ -70,6 +70,7 @@ class NativeSampler:
         pad_id: fills the left of shorter prompts; masked, so any valid token id will do.
         max_batch_sequences: sequences decoded at once; memory grows with it. It changes results by rounding only.
         progress: called as progress(sequences finished, sequences in all) after every batch.
+        compiled: run the short decoding step through `torch.compile`; said and left where the model has none.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class NativeSampler:
         pad_id: int,
         max_batch_sequences: int = 256,
         progress: Callable[[int, int], None] | None = None,
+        compiled: bool = False,
     ) -> None:
         if max_batch_sequences < 1:
             raise ValueError(f"max_batch_sequences is {max_batch_sequences}; expected at least 1")
@@ -86,7 +88,9 @@ class NativeSampler:
         self._pad_id = pad_id
         self._max_batch_sequences = max_batch_sequences
         self._progress = progress
-        self._step: LlamaStep | None = llama_step(model)
+        self._step: LlamaStep | CompiledStep | None = llama_step(model)
+        if compiled:
+            self._step = compiled_step(model, self._step)
         self._step_checked = False
         self._told_of_halves = False
 
@@ -173,6 +177,8 @@ class NativeSampler:
                 "is slower; answers stay the same. A lower `max_new_tokens` or `data.max_prompt_tokens` avoids it",
                 stacklevel=3,
             )
+        if isinstance(self._step, CompiledStep):
+            self._step.release()
         free_memory()
         half = len(rows) // 2
         return [sample for part in (rows[:half], rows[half:]) for sample in self._sampled(prompts, part, sampling, key)]
@@ -210,7 +216,7 @@ class NativeSampler:
             # tokens that nobody reads.
             if 4 * num_finished >= len(alive):
                 kept = (~finished).nonzero()[:, 0]
-                _take_rows(cache, kept)
+                take_rows(cache, kept)
                 alive, tokens, mask, positions = alive[kept], tokens[kept], mask[kept], positions[kept]
                 finished = finished[kept]
             logits = self._next_logits(tokens, mask[:, : num_prompt_columns + step + 1], positions + step, cache)
@@ -218,18 +224,19 @@ class NativeSampler:
 
     def _next_logits(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         """(B, V) after one more token of every sequence, by the shorter way where the model has one."""
-        if self._step is not None and not self._step_checked:
-            self._check_step(self._step, tokens[:1], mask[:1], positions[:1], cache)
-        if self._step is not None:
-            return self._step(tokens, mask, positions, cache)
-        return _own_logits(self._model, tokens, mask, positions, cache)
+        if self._step is None:
+            return _own_logits(self._model, tokens, mask, positions, cache)
+        if not self._step_checked:
+            return self._checked(self._step, tokens, mask, positions, cache)
+        return self._step(tokens, mask, positions, cache)
 
-    def _check_step(
-        self, step: LlamaStep, tokens: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache
-    ) -> None:
+    def _checked(
+        self, step: LlamaStep | CompiledStep, tokens: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache
+    ) -> Tensor:
         """Once, on the first sequence: does the short step say what the model itself does? If not, it is not used."""
-        own = _own_logits(self._model, tokens, mask, positions, _first_row(cache))
-        difference = float((step(tokens, mask, positions, _first_row(cache)) - own).abs().max())
+        own = _own_logits(self._model, tokens[:1], mask[:1], positions[:1], first_row(cache))
+        logits = step(tokens, mask, positions, cache)
+        difference = float((logits[:1] - own).abs().max())
         self._step_checked = True
         if math.isfinite(difference) and difference > _TOLERANCE[own.dtype] * float(own.abs().max()):
             warnings.warn(
@@ -238,6 +245,9 @@ class NativeSampler:
                 stacklevel=2,
             )
             self._step = None
+            cache.crop(-1)  # the token that the step wrote
+            return _own_logits(self._model, tokens, mask, positions, cache)
+        return logits
 
     def _prefill(
         self, prompts: Sequence[PromptTokens], rows: list[_Row], max_new_tokens: int
@@ -269,48 +279,9 @@ class NativeSampler:
         ).logits[:, -1]
         place = {index: position for position, index in enumerate(distinct)}
         repeat = torch.tensor([place[row.prompt] for row in rows], device=self._model.device)
-        _take_rows(cache, repeat)
-        _reserve(cache, max_new_tokens)
+        take_rows(cache, repeat)
+        reserve(cache, max_new_tokens)
         return logits[repeat], cache, mask[repeat]
-
-
-class _ReservedLayer(DynamicLayer):
-    """A cache layer that writes new tokens into room reserved for them.
-
-    The library's own layer concatenates, which copies everything cached so far at every token: for small models that
-    is most of the decoding time.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
-        """Start from what is cached already, (B, heads, tokens, width) each, and reserve `room` more tokens."""
-        super().__init__()
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        self._buffers = []
-        for states in (keys, values):
-            batch, heads, length, width = states.shape
-            buffer = states.new_empty(batch, heads, length + room, width)
-            buffer[:, :, :length] = states
-            self._buffers.append(buffer)
-        self._show(keys.shape[-2])
-
-    def _show(self, length: int) -> tuple[Tensor, Tensor]:
-        keys, values = (buffer[:, :, :length] for buffer in self._buffers)
-        self.keys, self.values = keys, values
-        return keys, values
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        start = self.get_seq_length()
-        end = start + key_states.shape[-2]
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, start:end] = states
-        return self._show(end)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        length = self.get_seq_length()
-        self._buffers = [buffer.index_select(0, beam_idx) for buffer in self._buffers]
-        self._show(length)
 
 
 def _own_logits(model: PreTrainedModel, tokens: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
@@ -318,26 +289,6 @@ def _own_logits(model: PreTrainedModel, tokens: Tensor, mask: Tensor, positions:
     return model(
         input_ids=tokens[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
     ).logits[:, -1]
-
-
-def _first_row(cache: DynamicCache) -> DynamicCache:
-    """A cache of the first sequence alone, with room for one token, that leaves the given one as it is."""
-    first: Any = copy.copy(cache)
-    first.layers = [_ReservedLayer(layer.keys[:1], layer.values[:1], 1) for layer in first.layers]
-    return first
-
-
-def _reserve(cache: DynamicCache, room: int) -> None:
-    """Reserve room in the layers that grow without bound; others (sliding windows, recurrent states) stay small."""
-    for index, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
-            cache.layers[index] = _ReservedLayer(layer.keys, layer.values, room)
-
-
-def _take_rows(cache: DynamicCache, rows: Tensor) -> None:
-    """The cache of these rows, in this order, repeated where a row is. Every kind of cache layer supports this call;
-    selecting and repeating rows by their own methods does not exist for recurrent layers."""
-    cache.reorder_cache(rows)  # pyright: ignore[reportArgumentType]
 
 
 def _completions(ids: Tensor, logprobs: Tensor, stop_ids: Tensor) -> list[SampledCompletion]:
