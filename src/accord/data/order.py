@@ -49,25 +49,34 @@ def epochs_done(step: int, num_items: int, batch_size: int) -> float:
 
 
 def micro_batches(
-    items: Sequence[T], length: Callable[[T], int], rows: Callable[[T], int], budget: int
+    items: Sequence[T],
+    length: Callable[[T], int],
+    rows: Callable[[T], int],
+    budget: int,
+    packed: Callable[[T], int] | None = None,
 ) -> list[list[T]]:
     """Cut one step's items into forward passes of at most `budget` tokens, padding included.
 
-    length  longest row an item makes; rows  how many rows it makes. Items are sorted from long to short, and cut where
+    length  longest row an item makes; rows  how many rows it makes; packed  what it takes of a row that it shares with
+    others, None = rows are padded. Items are sorted from long to short, and cut where
 
-        sum over passes of (rows * longest row + PASS_TOKENS)
+        sum over passes of (size + PASS_TOKENS),    size = rows * longest row, or the sum of `packed` if that is less
 
-    is least: where lengths differ much, more passes run fewer tokens. An item larger than the budget makes a pass of
-    its own.
+    is least: where lengths differ much, more padded passes run fewer tokens. An item larger than the budget makes a
+    pass of its own.
     """
     ordered = sorted(range(len(items)), key=lambda i: (-length(items[i]), i))
     lengths, counts = [length(items[i]) for i in ordered], [rows(items[i]) for i in ordered]
+    unpadded = None if packed is None else [packed(items[i]) for i in ordered]
     least, last_cut = [0], [0]  # of the first k items: their cost, and where their last pass begins
     for end in range(1, len(ordered) + 1):
-        best, cut, used = 0, end, 0
+        best, cut, used, together = 0, end, 0, 0
         for start in range(end - 1, -1, -1):
             used += counts[start]
             tokens = used * lengths[start]
+            if unpadded is not None:
+                together += unpadded[start]
+                tokens = min(tokens, together)
             if tokens > budget and start < end - 1:
                 break
             cost = least[start] + tokens + PASS_TOKENS

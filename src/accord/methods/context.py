@@ -407,18 +407,20 @@ def choose_layout(context: Context, model: Any, groups: Sequence[TokenGroup], pa
         raise ConfigError(f"`model.layout` = shared does not fit this model: {check.reason}")
     if wanted != "auto":
         return wanted
+    # Attention a row at a time was measured on CPUs alone, and compiled code takes no plan of ours.
+    packs = check.packs and model.device.type == "cpu" and not context.recipe.model.compile
     plain = shared = 0
     for group in groups:
         plain += layout_cost(group, "plain")
         shared += layout_cost(group, "shared")
     if check.layout == "shared" and shared <= SHARING_PAYS * plain:
         context.say(f"each prompt runs once for all its completions: {1 - shared / plain:.0%} fewer tokens")
-        return "shared"
+        return "shared_packed" if packs else "shared"
     if check.reason and shared <= SHARING_PAYS * plain:
         context.say(f"prompts are run once per completion: {check.reason}")
     if context.recipe.model.attention == "flex":
         context.say("`model.attention` = flex has nothing to do: where a row is one completion, there is no mask")
-    return "plain"
+    return "plain_packed" if packs else "plain"
 
 
 def data_note(part: Part) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from accord.config import OptimiserFields
 from accord.data.order import batch_indices, epochs_done, micro_batches, num_steps
 from accord.models.adapters import load_trainable_state, trainable_state
-from accord.models.layout import CompletionBatch, Layout, collate
+from accord.models.layout import CompletionBatch, Layout, collate, packed_size, packs, shares
 from accord.models.memory import MicroBatches, one_pass
 from accord.models.token_scores import score_tokens
 from accord.phases import EVALUATION, phase
@@ -209,11 +209,13 @@ def group_passes(
 ) -> Iterator[list[Item]]:
     """Cut items into forward passes of at most `budget` tokens in the given layout, padding included; the items of a
     pass are looked up when it comes."""
-    if layout == "shared":
-        sizes = [(tokens(item).num_tokens, 1) for item in items]
+    groups = map(tokens, items)
+    if shares(layout):
+        sizes = [(group.num_tokens, 1, packed_size(group, layout)) for group in groups]
     else:
-        sizes = [(_longest(group), len(group.completions)) for group in map(tokens, items)]
-    for places in micro_batches(range(len(sizes)), lambda i: sizes[i][0], lambda i: sizes[i][1], budget):
+        sizes = [(_longest(group), len(group.completions), packed_size(group, layout)) for group in groups]
+    length, rows, packed = ((lambda i, part=part: sizes[i][part]) for part in range(3))
+    for places in micro_batches(range(len(sizes)), length, rows, budget, packed if packs(layout) else None):
         yield [items[i] for i in places]
 
 

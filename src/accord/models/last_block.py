@@ -7,6 +7,8 @@ the keys and values that earlier blocks and this one make of them. So of the las
     x = x + o(attention(q(n x), k, v))          at the Q places that are read      n: root-mean-square norm
     x = x + down(silu(gate(n x)) * up(n x))     at these as well
 
+In a packed row, whose rows attend by themselves, attention runs at all places, and only what follows it at the read ones.
+
 The values are those of the block itself up to rounding. Legend: R rows, L places, Q read places of the row that has
 most, H hidden size, D head size.
 """
@@ -25,7 +27,7 @@ from transformers import LlamaModel, MistralModel, Qwen2Model
 from transformers.models.llama.modeling_llama import rotate_half
 
 from accord.models.flex import BlockMask
-from accord.models.shared_attention import rows_of
+from accord.models.shared_attention import attend, rows_of, runs_of
 
 __all__ = ["most_read", "only_at"]
 
@@ -105,6 +107,11 @@ def _attention_at(
 
     keys, values = heads(attention.k_proj(hidden)), heads(attention.v_proj(hidden))
     keys = keys * cos + rotate_half(keys) * sin
+    if runs_of(mask) is not None:
+        queries = heads(attention.q_proj(hidden))
+        queries = queries * cos + rotate_half(queries) * sin
+        attended, _ = attend(attention, queries, keys, values, mask, scaling=attention.scaling)
+        return attention.o_proj(attended.flatten(2).index_select(1, places[0]))
     queries = heads(attention.q_proj(hidden.gather(1, places[:, :, None].expand(-1, -1, width))))
     queries = queries * at(cos) + rotate_half(queries) * at(sin)
     if mask is None:

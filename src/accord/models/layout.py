@@ -1,5 +1,7 @@
 """Rows of tokens for the trunk, made from groups: one row per group (shared) or one row per completion (plain).
 
+Rows of different lengths are padded, or, in the packed layouts, stand one behind another in a single row.
+
 Shape letters: C completions (in group order), T tokens of the longest completion, R rows, L tokens of the longest row.
 What a loss sees is always (C, T), whatever the layout; `row_index`, `predict_index` and `token_index` say where in the
 rows a completion's tokens stand.
@@ -8,19 +10,22 @@ rows a completion's tokens stand.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from accord.records import TokenCompletion, TokenGroup
 
-__all__ = ["CompletionBatch", "Layout", "collate", "layout_cost"]
+__all__ = ["CompletionBatch", "Layout", "collate", "layout_cost", "packed", "packed_size", "packs", "shares"]
 
-Layout = Literal["shared", "plain"]
+Layout = Literal["shared", "plain", "shared_packed", "plain_packed"]
 
+ROW_TOKENS = 10  # what a row of a packed row costs besides its tokens, in tokens: attention runs for it alone
 _PADDING = -1
 _PROMPT = 0
 
@@ -31,8 +36,9 @@ class CompletionBatch:
 
     input_ids        (R, L) int64   right-padded rows
     position_ids     (R, L) int64   every completion continues at its prompt's length, wherever it stands in the row
-    attention_mask   (R, 1, L, L) bool [query, key] in the shared layout: a completion sees its prompt and itself only;
-                     (R, L) bool, True = a real token, in the plain layout
+    attention_mask   (R, 1, L, L) bool [query, key] where prompts are shared: a completion sees its prompt and itself
+                     only; (R, L) bool, True = a real token, where every row has one completion; where rows are packed,
+                     the batches, each of rows of one length, whose rows stand one behind another in the only row
     row_index        (C,)   int64   the completion's row
     predict_index    (C, T) int64   place in the row whose hidden state predicts token t (for t = 0 the prompt's last);
                                     0 where there is no token t
@@ -47,7 +53,7 @@ class CompletionBatch:
 
     input_ids: Tensor
     position_ids: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | tuple[CompletionBatch, ...]
     row_index: Tensor
     predict_index: Tensor
     token_index: Tensor
@@ -59,11 +65,26 @@ class CompletionBatch:
     longest: int
 
 
+def shares(layout: Layout) -> bool:
+    """Whether a prompt runs once for all its completions."""
+    return layout in {"shared", "shared_packed"}
+
+
+def packs(layout: Layout) -> bool:
+    """Whether rows may stand one behind another."""
+    return layout in {"shared_packed", "plain_packed"}
+
+
 def layout_cost(group: TokenGroup, layout: Layout) -> int:
     """Tokens the trunk runs for `group`, what the layout repeats included; padding depends on the batch and is not."""
-    if layout == "shared":
+    if shares(layout):
         return group.num_tokens
     return sum(len(group.prompt_ids) + len(c.ids) for c in group.completions)
+
+
+def packed_size(group: TokenGroup, layout: Layout) -> int:
+    """What `group` costs in a packed row, in tokens."""
+    return layout_cost(group, layout) + ROW_TOKENS * (1 if shares(layout) else len(group.completions))
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +111,14 @@ def collate(
     shared  a row is `prompt + completion 1 + ... + completion n`: the prompt runs once. When no group has more than
             one completion the rows, and then the mask, are those of the plain layout, which attention runs fastest.
     plain   a row is `prompt + completion`: the prompt runs n times, under the ordinary causal mask.
+    shared_packed, plain_packed   the same rows, one behind another in one where that costs less than their padding.
 
     Raises ValueError for no groups, a group without completions, an empty prompt (nothing predicts the first token),
     or a completion whose mask and tokens differ in number.
     """
     _check(groups)
+    if packs(layout) and sum(packed_size(group, layout) for group in groups) < _padded_size(groups, layout):
+        return packed(groups, layout=layout, pad_id=pad_id, device=device)
     places = _places(groups, layout)
     rows, completions = _row_arrays(places, pad_id), _completion_arrays(places, pad_id)
     segment = torch.from_numpy(rows.pop("segment")).to(device)
@@ -106,12 +130,62 @@ def collate(
     )
 
 
+def packed(
+    groups: Sequence[TokenGroup], *, layout: Layout, pad_id: int, device: torch.device | str | None = None
+) -> CompletionBatch:
+    """`collate` with all rows one behind another in one, whatever that costs; raises what that raises."""
+    _check(groups)
+    rows = groups if shares(layout) else [replace(g, completions=(c,)) for g in groups for c in g.completions]
+    runs = tuple(
+        collate(tuple(run), layout="shared", pad_id=pad_id, device=device)
+        for _, run in groupby(rows, key=lambda group: group.num_tokens)
+    )
+    width = max(run.completion_ids.shape[1] for run in runs)
+    begins = _begins(runs)
+
+    def joined(name: str, fill: int = 0) -> Tensor:
+        parts = [getattr(run, name) for run in runs]
+        return torch.cat([F.pad(part, (0, width - part.shape[1]), value=fill) for part in parts])
+
+    valid, counts = joined("valid_mask"), torch.tensor([len(group.completions) for group in groups])
+    return CompletionBatch(
+        input_ids=torch.cat([run.input_ids.flatten() for run in runs])[None],
+        position_ids=torch.cat([run.position_ids.flatten() for run in runs])[None],
+        attention_mask=runs,
+        row_index=torch.zeros_like(begins),
+        predict_index=(joined("predict_index") + begins[:, None]).where(valid, 0),
+        token_index=(joined("token_index") + begins[:, None]).where(valid, 0),
+        last_index=torch.cat([run.last_index for run in runs]) + begins,
+        completion_ids=joined("completion_ids", pad_id),
+        completion_mask=joined("completion_mask"),
+        valid_mask=valid,
+        group_index=torch.arange(len(groups)).repeat_interleave(counts).to(begins.device),
+        longest=max(run.longest for run in runs),
+    )
+
+
+def _begins(runs: Sequence[CompletionBatch]) -> Tensor:
+    """(C,) place in the packed row where the row of each completion begins."""
+    begins, first = [], 0
+    for run in runs:
+        begins.append(first + run.row_index * run.input_ids.shape[1])
+        first += run.input_ids.numel()
+    return torch.cat(begins)
+
+
+def _padded_size(groups: Sequence[TokenGroup], layout: Layout) -> int:
+    if shares(layout):
+        return len(groups) * max(group.num_tokens for group in groups)
+    longest = max(len(group.prompt_ids) + len(c.ids) for group in groups for c in group.completions)
+    return longest * sum(len(group.completions) for group in groups)
+
+
 def _places(groups: Sequence[TokenGroup], layout: Layout) -> list[_Place]:
     places: list[_Place] = []
     row = -1
     for g, group in enumerate(groups):
         for k, completion in enumerate(group.completions):
-            if k == 0 or layout == "plain":
+            if k == 0 or not shares(layout):
                 row += 1
                 order, start = 1, len(group.prompt_ids)
             else:

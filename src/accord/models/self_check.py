@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from accord.errors import ConfigError
-from accord.models.layout import Layout, collate
+from accord.models.attention import blockwise
+from accord.models.layout import Layout, collate, packed
 from accord.models.precision import reading, reading_dtype
 from accord.models.shared_attention import split
 from accord.models.token_scores import attention_window, score_tokens
@@ -26,19 +27,20 @@ _PLAIN_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 @dataclass(frozen=True, slots=True)
 class LayoutCheck:
-    """The layout to use; the largest difference (nats) between the two layouts, None if shared was not tried; and why
-    not shared, "" if shared."""
+    """The layout to use; the largest difference (nats) between the layouts, None if shared was not tried; why not
+    shared, "" if shared; and whether rows may be packed as well."""
 
     layout: Layout
     max_difference: float | None
     reason: str
+    packs: bool = False
 
 
 def check_layouts(
     model: Any, groups: Sequence[TokenGroup], pad_id: int, *, max_tokens: int | None = None
 ) -> LayoutCheck:
     """Compares log-probabilities on a few groups: the model's own logits, our plain layout, and our shared layout with
-    attention computed whole and split.
+    attention computed whole, split, and by rows of a packed one.
 
     Plain differing from the model's own is an error: nothing trained that way would mean anything. Shared differing
     from plain, or being impossible, is a reason to use plain.
@@ -69,12 +71,16 @@ def check_layouts(
             shared = [score_tokens(model, batch).logprobs]
             split(batch)  # what longer or more completions would do
             shared.append(score_tokens(model, batch).logprobs)
+            packs = model.config._attn_implementation == "sdpa" and not blockwise()
+            if packs:
+                batch = packed(groups, layout="shared_packed", pad_id=pad_id, device=model.device)
+                shared.append(score_tokens(model, batch).logprobs)
         except (TypeError, ValueError, RuntimeError) as error:
             return LayoutCheck("plain", None, f"{type(model).__name__} cannot run the shared layout: {error}")
     difference = float((torch.stack(shared) - ours).abs().max())
     if not difference <= tolerance:
         return LayoutCheck("plain", difference, f"the shared layout changes log-probabilities by {difference:.2g} nats")
-    return LayoutCheck("shared", difference, "")
+    return LayoutCheck("shared", difference, "", packs)
 
 
 def _with_another_completion(group: TokenGroup) -> TokenGroup:

@@ -23,7 +23,7 @@ from accord.models.layout import CompletionBatch
 from accord.models.precision import lowered, reading
 from accord.models.projection import LogitTransform, token_logprobs
 from accord.models.recompute import recomputing
-from accord.models.shared_attention import splitting
+from accord.models.shared_attention import splitting, written_out
 from accord.phases import passing
 
 __all__ = [
@@ -199,7 +199,7 @@ def spread(values: Tensor, mask: Tensor) -> Tensor:
 def hidden_states(model: Any, batch: CompletionBatch, read: Tensor) -> Tensor:
     """(R, L, H) what the trunk makes of the places `read` (N,), counted through the batch's rows; elsewhere it may be
     anything."""
-    if batch.attention_mask.dim() == 2:
+    if isinstance(batch.attention_mask, Tensor) and batch.attention_mask.dim() == 2:
         # Under a causal mask no token sees the padding to its right, so padding may pass for real: only then does the
         # fast causal kernel run. The model counts positions by itself.
         inputs = {"attention_mask": torch.ones_like(batch.input_ids)}
@@ -208,7 +208,7 @@ def hidden_states(model: Any, batch: CompletionBatch, read: Tensor) -> Tensor:
         if window is not None and batch.longest > window:
             raise ConfigError(
                 f"a prompt and completion of {batch.longest} tokens exceed {type(model).__name__}'s attention window "
-                f"of {window}: the shared layout's mask would replace the window; use the plain layout"
+                f"of {window}: the mask of shared or packed rows would replace the window; use the plain layout"
             )
         inputs = {"position_ids": batch.position_ids, "attention_mask": _as_model_mask(model, batch)}
     if model.base_model is model:
@@ -233,15 +233,19 @@ def _marked(like: Tensor, places: Tensor) -> Tensor:
 def _as_model_mask(model: Any, batch: CompletionBatch) -> Tensor | BlockMask:
     """The boolean mask for scaled-dot-product attention, or its blocks; the additive one for attention written out in
     Python."""
-    kind, mask = model.config._attn_implementation, batch.attention_mask
-    if kind == "sdpa":
-        return as_blocks(mask) if blockwise() else splitting(batch)
-    if kind == "eager":
-        return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(
-            ~mask, torch.finfo(model.dtype).min
+    kind = model.config._attn_implementation
+    if kind not in {"sdpa", "eager"}:
+        raise ConfigError(
+            f"attention implementation {kind!r} takes no mask of ours; use the plain layout, or sdpa or eager"
         )
-    raise ConfigError(
-        f"attention implementation {kind!r} takes no mask of ours; use the plain layout, or sdpa or eager"
+    planned = trunk_of(model) is model.base_model  # compiled code takes no plan of ours
+    if kind == "sdpa" and planned and not blockwise():
+        return splitting(batch)
+    mask = written_out(batch)
+    if kind == "sdpa":
+        return as_blocks(mask) if blockwise() else mask
+    return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(
+        ~mask, torch.finfo(model.dtype).min
     )
 
 

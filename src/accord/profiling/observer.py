@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from accord.models.flex import BlockMask, computed_pairs, seen_pairs
-from accord.models.shared_attention import rows_of
+from accord.models.shared_attention import PackedRows, rows_of, runs_of
 from accord.phases import Clock
 from accord.profiling.flops import Attention, Flops, Matrix, Trunk, causal_pairs, matrix_flops, trunk_flops
 
@@ -182,6 +182,9 @@ def _pass_size(ids: Tensor, mask: Any, config: Any, cached: int, read: Tensor | 
     anything are run; under a causal one only what it shows is run. With `read`, of a pass whose queries are these
     places alone, in every row as many as in the row with most, under a mask."""
     rows, length = ids.shape
+    runs = runs_of(mask)
+    if runs is not None:
+        return _packed_size(ids, runs, config, read)
     if cached:  # finished rows cannot be told here
         return _Size(rows * length, rows * length, float(mask.sum()), float(mask.numel()))
     pad_id = config.get_text_config().pad_token_id
@@ -204,6 +207,18 @@ def _pass_size(ids: Tensor, mask: Any, config: Any, cached: int, read: Tensor | 
     else:
         pairs_run = float(rows * (run * length if written_out or read is not None else causal_pairs(length)))
     return _Size(int(queries.sum()), rows * run, pairs, pairs_run)
+
+
+def _packed_size(ids: Tensor, runs: tuple[PackedRows, ...], config: Any, read: Tensor | None) -> _Size:
+    """Of a row (1, L) without padding, whose rows attend by themselves, at all of their places."""
+    sizes, begin = [], 0
+    for run in runs:
+        places = slice(begin, begin := begin + run.rows * run.length)
+        of_run = [None if x is None else x[0, places].view(run.rows, run.length) for x in (ids, read)]
+        pairs_run = _pass_size(of_run[0], run.mask, config, 0).pairs_run
+        sizes.append(replace(_pass_size(of_run[0], run.mask, config, 0, of_run[1]), pairs_run=pairs_run))
+    count = ids.numel() if read is None else int(read.sum())
+    return _Size(count, count, sum(size.pairs for size in sizes), sum(size.pairs_run for size in sizes))
 
 
 def trunk_of(trunk: Any, *, adapted: bool = True) -> tuple[Trunk, Trunk]:
