@@ -17,6 +17,7 @@ from accord.methods.online import prompt_indices
 from accord.methods.online_stage import LEARNERS
 from accord.methods.online_trainer import OnlineTrainer
 from accord.methods.rollouts import RolloutModels, collect
+from accord.models import layout as layouts
 from online_support import (
     PROMPTS,
     FirstRollout,
@@ -311,11 +312,15 @@ def test_the_price_of_kl_teaches_even_where_scores_are_equal(stage: str) -> None
 
 
 @every_method
-def test_neither_micro_batches_nor_layout_change_a_step(stage: str) -> None:
-    """float64: 16 tokens are one prompt's completions or less, 10,000 the whole rollout."""
+def test_neither_micro_batches_nor_layout_change_a_step(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float64: 16 tokens are one prompt's completions or less, 10,000 the whole rollout; rows are packed wherever their
+    lengths differ."""
+    monkeypatch.setattr(layouts, "ROW_TOKENS", 0)
     options = {"entropy_coef": 0.1} if stage in POLICY_GRADIENTS else {}
     runs = []
-    for layout, budget in (("plain", 10_000), ("plain", 16), ("shared", 16), ("shared", 64)):
+    for layout, budget in (
+        ("plain", 10_000), ("plain", 16), ("shared", 16), ("shared", 64), ("shared_packed", 64), ("plain_packed", 64),
+    ):  # fmt: skip
         made = rollout_cast(layout=layout)
         rows = run(stage, made, section(stage, micro_batch_tokens=budget, **options))
         runs.append((weights(made.policy), rows))

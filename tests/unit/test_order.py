@@ -92,14 +92,20 @@ def test_items_of_one_length_keep_their_order_and_fill_passes_to_the_budget() ->
 @few
 @given(st.lists(st.tuples(st.integers(1, 400), st.integers(1, 3)), min_size=1, max_size=8), st.integers(200, 1200))
 def test_no_other_cut_of_the_sorted_items_runs_fewer_tokens(items: list[tuple[int, int]], budget: int) -> None:
-    """Against all 2^(n - 1) ways to cut: the cost is rows times longest row of each pass, and a constant a pass."""
+    """Against all 2^(n - 1) ways to cut: the cost is rows times longest row of each pass, or where rows are packed what
+    all of them take of one if that is less, and a constant a pass."""
 
-    def cost(passes: list[list[tuple[int, int]]]) -> float:
+    def cost(passes: list[list[tuple[int, int]]], packed: bool) -> float:
         costs = []
         for part in passes:
             tokens = sum(rows for _, rows in part) * max(length for length, _ in part)
+            if packed:
+                tokens = min(tokens, sum(map(together, part)))
             costs.append(tokens + PASS_TOKENS if tokens <= budget or len(part) == 1 else float("inf"))
         return sum(costs)
+
+    def together(item: tuple[int, int]) -> int:
+        return item[0] * item[1] - item[0] // 2 + 10
 
     ordered = sorted(items, reverse=True, key=lambda item: item[0])
     ways = []
@@ -110,8 +116,10 @@ def test_no_other_cut_of_the_sorted_items_runs_fewer_tokens(items: list[tuple[in
                 passes.append([item])
             else:
                 passes[-1].append(item)
-        ways.append(cost(passes))
-    assert cost(micro_batches(items, lambda i: i[0], lambda i: i[1], budget)) == min(ways)
+        ways.append((cost(passes, False), cost(passes, True)))
+    for packed, least in enumerate(map(min, zip(*ways, strict=True))):
+        found = micro_batches(items, lambda i: i[0], lambda i: i[1], budget, together if packed else None)
+        assert cost(found, bool(packed)) == least
 
 
 def test_an_epoch_is_the_keyed_permutation_in_slices() -> None:

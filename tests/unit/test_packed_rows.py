@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_shared_attention import SPLIT, gradients, own_logprobs
 
 from accord.methods.offline import group_passes
-from accord.models import last_block, layout, shared_attention
+from accord.models import last_block, shared_attention
 from accord.models.compiled import compile_trunk
 from accord.models.layout import CompletionBatch, collate, layout_cost, packed, packed_size
 from accord.models.load import reward_model_from
@@ -22,7 +23,6 @@ from accord.models.shared_attention import runs_of, splitting, written_out
 from accord.models.token_scores import score_completions, score_tokens, score_values
 from accord.records import TokenCompletion, TokenGroup
 from models_support import PAD_ID, VOCABULARY, groups_of, tiny_model, token_group
-from test_shared_attention import SPLIT, gradients, own_logprobs
 
 PAD = 99
 A, B, C, D, E, F, G, X, Y = 2, 3, 4, 5, 6, 7, 8, 25, 26  # the tokens of these letters

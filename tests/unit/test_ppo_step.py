@@ -17,6 +17,7 @@ from accord.config import PPOConfig
 from accord.errors import RewardError
 from accord.methods.ppo import PPOTrainer
 from accord.methods.rollouts import RolloutModels
+from accord.models import layout as layouts
 from accord.models.load import reward_model_from
 from accord.records import Group, SampledCompletion, TokenGroup
 from accord.rollout.native import NativeSampler, PromptTokens
@@ -213,10 +214,14 @@ def test_a_constant_reward_is_explained_away_by_the_critic_but_kl_still_teaches(
 # --- what must not matter --------------------------------------------------------------------------------------------
 
 
-def test_neither_micro_batches_nor_layout_change_a_step() -> None:
-    """float64: 16 tokens are one prompt's completions or less, 10,000 the whole rollout."""
+def test_neither_micro_batches_nor_layout_change_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float64: 16 tokens are one prompt's completions or less, 10,000 the whole rollout; rows are packed wherever their
+    lengths differ."""
+    monkeypatch.setattr(layouts, "ROW_TOKENS", 0)
     runs = []
-    for layout, budget in (("plain", 10_000), ("plain", 16), ("shared", 16), ("shared", 64)):
+    for layout, budget in (
+        ("plain", 10_000), ("plain", 16), ("shared", 16), ("shared", 64), ("shared_packed", 64), ("plain_packed", 64),
+    ):  # fmt: skip
         made = models(layout=layout)
         rows = steps(ppo(made, prompts(), section(micro_batch_tokens=budget), seed=0), range(1, STEPS + 1))
         runs.append((weights(made.policy), weights(made.value), rows))

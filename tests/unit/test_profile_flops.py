@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from accord.models import layout as layouts
+from accord.models import shared_attention
 from accord.models.adapters import adapters_off, add_adapter
 from accord.models.blocks import train_top_blocks
 from accord.models.layout import collate
@@ -148,6 +150,20 @@ def test_useful_is_what_the_tokens_need_by_themselves() -> None:
     expected = 2 * 13 * shared + first + last + projection
     assert work["forward"].useful == expected
     assert work["backward"].useful == 2 * expected
+
+
+def test_packed_rows_need_the_same_and_pad_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The masked kernel computes 8 x 8 and 5 x 5 pairs of the two rows, of which 30 and 14 are seen; in the last block,
+    where the read places are few, as many, of which 3 + 2 + (4 + 5) + 4 are of use."""
+    monkeypatch.setattr(layouts, "ROW_TOKENS", 0)
+    model, hidden = tiny_model("llama"), 32
+    monkeypatch.setattr(shared_attention, "_WORTH_IT", 0.0)
+    work, _ = observed(model, GROUPS, "shared_packed")
+    padded, _ = observed(model, GROUPS, "shared")
+    assert work["forward"].useful == padded["forward"].useful
+    assert (work["forward"].tokens, work["forward"].padding) == (13, 0)
+    pairs = (6 + 15 + 9) + (3 + 3 + (2 + 2 + 1 + 2))
+    assert work["forward"].overhead == 4 * hidden * ((8**2 + 5**2 - pairs) + (8**2 + 5**2 - 18))
 
 
 def test_plain_rows_run_the_prompt_again_which_is_no_padding() -> None:

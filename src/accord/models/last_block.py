@@ -7,7 +7,7 @@ the keys and values that earlier blocks and this one make of them. So of the las
     x = x + o(attention(q(n x), k, v))          at the Q places that are read      n: root-mean-square norm
     x = x + down(silu(gate(n x)) * up(n x))     at these as well
 
-In a packed row, whose rows attend by themselves, attention runs at all places, and only what follows it at the read ones.
+In a packed row, whose rows attend by themselves, attention runs at all places, and what follows it at the read ones.
 
 The values are those of the block itself up to rounding. Legend: R rows, L places, Q read places of the row that has
 most, H hidden size, D head size.
