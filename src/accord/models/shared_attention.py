@@ -109,15 +109,19 @@ def split(batch: CompletionBatch) -> None:
 
 
 def runs_of(mask: Any) -> tuple[PackedRows, ...] | None:
-    """The runs of the packed row that this mask stands for; None = it is another's."""
-    return _RUNS.get(mask) if isinstance(mask, Tensor) else None
+    """The runs of the packed row that this mask stands for; None = it is another's, or code that is being compiled."""
+    return _plan(_RUNS, mask)
 
 
 def rows_of(mask: Any) -> SharedRows | None:
     """How attention under this mask is split; None = it is not. Compiled code computes it whole."""
+    return _plan(_ROWS, mask)
+
+
+def _plan(plans: WeakTensorKeyDictionary, mask: Any) -> Any:
     if not isinstance(mask, Tensor) or torch.compiler.is_compiling():
         return None
-    return _ROWS.get(mask)
+    return plans.get(mask)
 
 
 def _rows(batch: CompletionBatch) -> SharedRows:
