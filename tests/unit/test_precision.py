@@ -199,7 +199,7 @@ def saved_bytes(model: Any) -> tuple[int, Tensor]:
     return sum(kept.values()), gradients(model, loss)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "opt"])
 def test_recomputed_activations_give_the_same_bits_from_less_memory(kind: str) -> None:
     model = tiny_model(kind)
     whole, expected = saved_bytes(model)

@@ -75,7 +75,8 @@ class ModelConfig(Section):
     layout: Literal["auto", "shared", "plain"] = Field(
         "auto",
         description="`shared` runs each prompt once for all its completions; `plain` is one row a completion; `auto` "
-        "shares when it saves work and the start-up self-check proves both agree on this model.",
+        "shares when it saves work and the start-up self-check proves both agree on this model, and, on a CPU, puts "
+        "rows of different lengths one behind another where that costs less than padding them.",
     )
     device: str = Field(
         "auto",

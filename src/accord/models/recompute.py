@@ -2,7 +2,8 @@
 backward pass needs them. It costs a second forward pass of the trunk; gradients are the same, to the bit on a CPU.
 
 Transformers' blocks can do this, but only in training mode, and our models are in evaluation mode for good. So the
-blocks themselves are put into training mode while a gradient is wanted; what is in them stays as it is.
+blocks themselves are put into training mode while a gradient is wanted; what is in them stays as it is, and what a
+block would drop out by itself in that mode is set to none.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ def recompute_activations(model: Any) -> None:
     # The name that newer versions of transformers want, where there is one; the older warns in them.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    for block in model.modules():
+        if isinstance(block, GradientCheckpointingLayer):
+            vars(block).update({name: 0.0 for name, x in vars(block).items() if "dropout" in name and type(x) is float})
 
 
 @contextmanager
