@@ -78,7 +78,7 @@ def _kernel() -> Callable[..., Any]:
 @cache
 def _compiled() -> Callable[..., Any]:
     # The whole graph or an error: without its kernel all pairs would be computed and kept, and nobody told.
-    kernel = torch.compile(flex_attention, dynamic=True, fullgraph=True)
+    kernel: Callable[..., Any] = torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
     def attend(*tensors: Tensor, **settings: Any) -> Any:
         with torch._dynamo.config.patch(recompile_limit=_KINDS_OF_PASSES):

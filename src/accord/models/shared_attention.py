@@ -98,7 +98,8 @@ def written_out(batch: CompletionBatch) -> Tensor:
     for run in batch.attention_mask:
         rows, length = run.input_ids.shape
         causal = torch.ones(length, length, dtype=torch.bool, device=run.input_ids.device).tril()
-        blocks += [row[0] for row in run.attention_mask] if _of_several(run) else [causal] * rows
+        shared = _shared_mask(run)
+        blocks += [causal] * rows if shared is None else [row[0] for row in shared]
     return torch.block_diag(*blocks)[None, None]
 
 
@@ -186,7 +187,11 @@ def attend(
 def _packing(runs: tuple[CompletionBatch, ...]) -> Tensor:
     """What stands for the mask of a packed row: whoever takes it for one sees nothing, and is found out."""
     mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=runs[0].input_ids.device)
-    _RUNS[mask] = tuple(PackedRows(*run.input_ids.shape, splitting(run) if _of_several(run) else None) for run in runs)
+    plans = []
+    for run in runs:
+        rows, length = run.input_ids.shape
+        plans.append(PackedRows(rows, length, None if _shared_mask(run) is None else splitting(run)))
+    _RUNS[mask] = tuple(plans)
     return mask
 
 
@@ -200,16 +205,17 @@ def _by_runs(
     cut = zip(*(x[0].split(sizes, dim=1) for x in (query, key, value)), strict=True)
     results = []
     for run, states in zip(runs, cut, strict=True):
-        rows = (x.unflatten(1, (run.rows, run.length)).transpose(0, 1) for x in states)
+        q, k, v = (x.unflatten(1, (run.rows, run.length)).transpose(0, 1) for x in states)
         causal = {"is_causal": True} if run.mask is None else {}
-        result, _ = attend(module, *rows, run.mask, **causal, **settings)
+        result, _ = attend(module, q, k, v, run.mask, **causal, **settings)
         results.append(result.flatten(0, 1))
     return torch.cat(results)[None]
 
 
-def _of_several(batch: CompletionBatch) -> bool:
-    """Whether some row has more than one completion."""
-    return isinstance(batch.attention_mask, Tensor) and batch.attention_mask.dim() == 4
+def _shared_mask(batch: CompletionBatch) -> Tensor | None:
+    """The mask of unpacked rows where some have more than one completion; None = causal is all it is."""
+    mask = batch.attention_mask
+    return mask if isinstance(mask, Tensor) and mask.dim() == 4 else None
 
 
 def _at(x: Tensor, places: Tensor) -> Tensor:

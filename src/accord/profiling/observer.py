@@ -193,9 +193,9 @@ def _pass_size(ids: Tensor, mask: Any, config: Any, cached: int, read: Tensor | 
     blocks, split = mask if isinstance(mask, BlockMask) else None, rows_of(mask)
     if blocks is not None:
         mask = seen_pairs(blocks)
-    written_out = isinstance(mask, Tensor) and mask.dim() == 4
-    if written_out:
-        visible = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
+    written_out = mask if isinstance(mask, Tensor) and mask.dim() == 4 else None
+    if written_out is not None:
+        visible = (written_out if written_out.dtype == torch.bool else written_out.eq(0))[:, 0]
         pairs = float((visible & queries[:, :, None] & real[:, None, :]).sum())
     else:
         pairs = float((real.cumsum(1) * queries).sum())
@@ -205,7 +205,9 @@ def _pass_size(ids: Tensor, mask: Any, config: Any, cached: int, read: Tensor | 
     elif split is not None and read is None:
         pairs_run = float(split.pairs)
     else:
-        pairs_run = float(rows * (run * length if written_out or read is not None else causal_pairs(length)))
+        pairs_run = float(
+            rows * (run * length if written_out is not None or read is not None else causal_pairs(length))
+        )
     return _Size(int(queries.sum()), rows * run, pairs, pairs_run)
 
 
@@ -214,9 +216,10 @@ def _packed_size(ids: Tensor, runs: tuple[PackedRows, ...], config: Any, read: T
     sizes, begin = [], 0
     for run in runs:
         places = slice(begin, begin := begin + run.rows * run.length)
-        of_run = [None if x is None else x[0, places].view(run.rows, run.length) for x in (ids, read)]
-        pairs_run = _pass_size(of_run[0], run.mask, config, 0).pairs_run
-        sizes.append(replace(_pass_size(of_run[0], run.mask, config, 0, of_run[1]), pairs_run=pairs_run))
+        shape = run.rows, run.length
+        of_run, read_of_run = ids[0, places].view(shape), None if read is None else read[0, places].view(shape)
+        pairs_run = _pass_size(of_run, run.mask, config, 0).pairs_run
+        sizes.append(replace(_pass_size(of_run, run.mask, config, 0, read_of_run), pairs_run=pairs_run))
     count = ids.numel() if read is None else int(read.sum())
     return _Size(count, count, sum(size.pairs for size in sizes), sum(size.pairs_run for size in sizes))
 
