@@ -13,16 +13,15 @@ from rich.console import Console
 import accord
 from accord.config import DPOConfig, KTOConfig, ORPOConfig, RewardConfig, SFTConfig
 from accord.data.order import batch_indices
-from accord.methods.context import SHARING_PAYS
 from accord.methods.kto import JudgedAnswer, kto_objective, with_mismatched, with_reference
 from accord.methods.offline import OfflineTrainer
 from accord.methods.preference import Pair, RankedAnswers, dpo_objective, orpo_objective
 from accord.methods.reference import reference_logprobs
 from accord.methods.reward import Comparison, RewardObjective
 from accord.methods.sft import SFTObjective
-from accord.models.layout import Layout, layout_cost
+from accord.models.layout import Layout
 from accord.models.load import load_policy, load_reward_model
-from accord.models.self_check import check_layouts
+from accord.models.self_check import best_layout, check_layouts, saved_by_sharing
 from accord.records import TokenGroup
 from accord.training.environment import peak_memory_mb
 from benchmarks.speed.work import BETA, OPTIMISER, PAD, Timing, Work, desirable, groups_of
@@ -69,8 +68,7 @@ def layout_of(model: Any, folder: Path, work: Work, groups: list[TokenGroup]) ->
     """As the stages choose, self-check included; a classifier is checked as the policy it came from."""
     policy = load_policy(folder / "policy")[0] if work.kind == "reward" else model
     check = check_layouts(policy, sorted(groups, key=lambda g: g.num_tokens)[:4], PAD, max_tokens=1024)
-    plain, shared = (sum(layout_cost(g, layout) for g in groups) for layout in ("plain", "shared"))
-    return "shared" if check.layout == "shared" and shared <= SHARING_PAYS * plain else "plain"
+    return best_layout(check, saved_by_sharing(groups), compiled=False)
 
 
 def _method(

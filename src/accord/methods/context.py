@@ -30,14 +30,14 @@ from accord.models.attention import attending, check_attention
 from accord.models.blocks import train_top_blocks
 from accord.models.compiled import compile_seconds, compile_trunk
 from accord.models.device import choose_device
-from accord.models.layout import Layout, layout_cost
+from accord.models.layout import Layout, shares
 from accord.models.load import ModelShape, build_model, load_policy, save_model
 from accord.models.paths import check_model_path
 from accord.models.precision import precision
 from accord.models.quantise import quantise
 from accord.models.recompute import recompute_activations
 from accord.models.scratch_tokenizer import train_tokenizer
-from accord.models.self_check import check_layouts
+from accord.models.self_check import SHARING_PAYS, best_layout, check_layouts, saved_by_sharing
 from accord.phases import phase
 from accord.randomness import torch_seed
 from accord.records import Group, Interval, TokenGroup
@@ -63,7 +63,6 @@ __all__ = [
 ]
 
 EMBEDDED = "quickstart"
-SHARING_PAYS = 0.85  # the shared layout is used when it runs at most this share of the plain layout's tokens
 GROUPS_CHECKED = 3
 HUNDREDTHS = 100  # steps of the bar while tokens are made
 
@@ -407,20 +406,16 @@ def choose_layout(context: Context, model: Any, groups: Sequence[TokenGroup], pa
         raise ConfigError(f"`model.layout` = shared does not fit this model: {check.reason}")
     if wanted != "auto":
         return wanted
-    # Attention a row at a time was measured on CPUs alone, and compiled code takes no plan of ours.
-    packs = check.packs and model.device.type == "cpu" and not context.recipe.model.compile
-    plain = shared = 0
-    for group in groups:
-        plain += layout_cost(group, "plain")
-        shared += layout_cost(group, "shared")
-    if check.layout == "shared" and shared <= SHARING_PAYS * plain:
-        context.say(f"each prompt runs once for all its completions: {1 - shared / plain:.0%} fewer tokens")
-        return "shared_packed" if packs else "shared"
-    if check.reason and shared <= SHARING_PAYS * plain:
+    saved = saved_by_sharing(groups)
+    layout = best_layout(check, saved, compiled=context.recipe.model.compile)
+    if shares(layout):
+        context.say(f"each prompt runs once for all its completions: {saved:.0%} fewer tokens")
+        return layout
+    if check.reason and saved >= SHARING_PAYS:
         context.say(f"prompts are run once per completion: {check.reason}")
     if context.recipe.model.attention == "flex":
         context.say("`model.attention` = flex has nothing to do: where a row is one completion, there is no mask")
-    return "plain_packed" if packs else "plain"
+    return layout
 
 
 def data_note(part: Part) -> list[str]:

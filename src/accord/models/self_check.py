@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,13 +11,15 @@ from torch import Tensor
 
 from accord.errors import ConfigError
 from accord.models.attention import blockwise
-from accord.models.layout import Layout, collate, packed
+from accord.models.layout import Layout, collate, layout_cost, packed
 from accord.models.precision import reading, reading_dtype
 from accord.models.shared_attention import split
 from accord.models.token_scores import attention_window, score_tokens
 from accord.records import TokenCompletion, TokenGroup
 
-__all__ = ["TOLERANCE", "LayoutCheck", "check_layouts"]
+__all__ = ["SHARING_PAYS", "TOLERANCE", "LayoutCheck", "best_layout", "check_layouts", "saved_by_sharing"]
+
+SHARING_PAYS = 0.15  # the share of tokens that must be saved before prompts are run once for all their completions
 
 # Largest difference of a log-probability (nats) that rounding explains; 16-bit trunks round hidden states themselves.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -34,6 +36,24 @@ class LayoutCheck:
     max_difference: float | None
     reason: str
     packs: bool = False
+
+
+def best_layout(check: LayoutCheck, saved: float, *, compiled: bool) -> Layout:
+    """The layout for groups of which sharing prompts saves this share of the tokens; compiled code takes no plan for
+    packed rows."""
+    packs = check.packs and not compiled
+    if check.layout == "shared" and saved >= SHARING_PAYS:
+        return "shared_packed" if packs else "shared"
+    return "plain_packed" if packs else "plain"
+
+
+def saved_by_sharing(groups: Iterable[TokenGroup]) -> float:
+    """Share of the tokens that are not run where each prompt runs once for all its completions."""
+    plain = shared = 0
+    for group in groups:
+        plain += layout_cost(group, "plain")
+        shared += layout_cost(group, "shared")
+    return 1 - shared / plain
 
 
 def check_layouts(
@@ -80,7 +100,8 @@ def check_layouts(
     difference = float((torch.stack(shared) - ours).abs().max())
     if not difference <= tolerance:
         return LayoutCheck("plain", difference, f"the shared layout changes log-probabilities by {difference:.2g} nats")
-    return LayoutCheck("shared", difference, "", packs)
+    # Attention a row at a time was measured on CPUs alone.
+    return LayoutCheck("shared", difference, "", packs and model.device.type == "cpu")
 
 
 def _with_another_completion(group: TokenGroup) -> TokenGroup:
