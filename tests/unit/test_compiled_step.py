@@ -74,21 +74,22 @@ def test_with_symbols_code_is_compiled_for_one_row_and_for_several_whatever_the_
 
 
 def test_with_buckets_shapes_are_powers_of_two_by_multiples_of_128_and_no_more() -> None:
-    """12 rows of 5 + 14 places, then fewer; 4 rows of 125 + 4."""
+    """12 rows of 5 + 14 places, then fewer; 4 rows of 125 + 4. A bucket's buffers stay where they are."""
     counter, seen = CompileCounter(), []
     model = uneven_model("llama", num_hidden_layers=1, max_position_embeddings=256)
     sampler = sampler_of(model, buckets=True, backend=counter)
     inner = sampler._step._compiled  # type: ignore[union-attr]
 
-    def watched(tokens: Any, mask: Any, *rest: Any) -> Any:
-        seen.append(tuple(mask.shape))
-        return inner(tokens, mask, *rest)
+    def watched(tokens: Any, mask: Any, positions: Any, place: Any, buffers: Any) -> Any:
+        seen.append((*mask.shape, buffers[-1][1].data_ptr()))
+        return inner(tokens, mask, positions, place, buffers)
 
     sampler._step._compiled = watched  # type: ignore[union-attr]
-    drawn(sampler)
+    for _ in range(2):
+        drawn(sampler)
     sampler.generate([PromptTokens(tuple(range(2, 52)) * 2 + (5,) * 25, 3)], 4, Sampling(4), ("long",))
-    assert seen[0] == (16, 128) and {rows for rows, _ in seen} <= {16, 8, 4, 2, 1}
-    assert len({rows for rows, _ in seen}) > 1 and {places for _, places in seen} == {128, 256}
+    assert seen[0][:2] == (16, 128) and {rows for rows, _, _ in seen} <= {16, 8, 4, 2, 1}
+    assert len({rows for rows, _, _ in seen}) > 1 and {places for _, places, _ in seen} == {128, 256}
     assert counter.frame_count == len(set(seen))
 
 

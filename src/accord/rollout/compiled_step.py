@@ -59,11 +59,9 @@ class CompiledStep:
             self._settle(layers, rows)
             torch.compiler.cudagraph_mark_step_begin()
             tokens, mask, positions = _filled_up(tokens, mask, positions, layers[0].buffers[0])
-        else:
-            mask = mask.clone(memory_format=torch.contiguous_format)  # a part of a wider one has the strides of that
         buffers = [layer.buffers for layer in layers]
         if not self._buckets:
-            _mark(rows, (tokens, positions), (mask,), [buffer for pair in buffers for buffer in pair])
+            _mark(rows, (tokens, positions), mask, [buffer for pair in buffers for buffer in pair])
         logits = self._compiled(tokens, mask, positions, place, buffers)
         for layer in layers:
             layer.show(length)
@@ -132,8 +130,10 @@ def _filled_up(tokens: Tensor, mask: Tensor, positions: Tensor, buffer: Tensor) 
     return tokens[repeated], whole[repeated], positions[repeated]
 
 
-def _mark(rows: int, by_row: tuple[Tensor, ...], by_both: tuple[Tensor, ...], buffers: list[Tensor]) -> None:
+def _mark(rows: int, by_row: tuple[Tensor, ...], mask: Tensor, buffers: list[Tensor]) -> None:
     """Say which sizes are symbols: lengths, and rows where there are several. Code for one row is code of its own."""
-    for tensor, places in [*((x, ()) for x in by_row), *((x, (1,)) for x in by_both), *((x, (2,)) for x in buffers)]:
-        for dimension in (*places, *((0,) if rows > 1 else ())):
-            torch._dynamo.mark_dynamic(tensor, dimension)
+    for tensor, places in [*((x, None) for x in by_row), (mask, 1), *((x, 2) for x in buffers)]:
+        if rows > 1:
+            torch._dynamo.mark_dynamic(tensor, 0)
+        if places is not None:
+            torch._dynamo.mark_dynamic(tensor, places)
