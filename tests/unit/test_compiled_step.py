@@ -5,6 +5,7 @@ Compiled to plain calls, for compiling to machine code takes half a minute; that
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from torch._dynamo.testing import CompileCounter
 
 from accord.config import recipe_from
 from accord.errors import ConfigError
+from accord.methods.context import _model_settings
+from accord.methods.roles import sampler_of as sampler_of_a_stage
 from accord.records import SampledCompletion
 from accord.rollout.compiled_step import CompiledStep
 from accord.rollout.llama_step import LlamaStep
@@ -172,3 +175,14 @@ def test_on_a_real_gpu_graphs_are_replayed_and_sample_the_same() -> None:
 def test_what_has_no_step_to_compile_is_a_contradiction(model: dict[str, Any], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         recipe_from({"model": model | {"compile_sampling": True}})
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_the_key_reaches_the_sampler_and_belongs_to_stages_that_sample(chosen: bool) -> None:
+    context: Any = SimpleNamespace(recipe=recipe_from({"model": {"path": "quickstart", "compile_sampling": chosen}}))
+    policy: Any = SimpleNamespace(model=tiny_model("llama"), pad_id=PAD_ID)
+    assert isinstance(sampler_of_a_stage(context, policy)._step, CompiledStep) == chosen
+    for stage in ("ppo", "rft", "bestofn"):
+        assert ("compile_sampling" in _model_settings(context, stage)) == chosen
+    for stage in ("sft", "reward", "evaluate"):
+        assert "compile_sampling" not in _model_settings(context, stage)
