@@ -14,7 +14,6 @@ profile, then the table, and writes benchmarks/results/profile.json.
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from accord.profiling.run import profile_stages, show
 from accord.records import Completion, Group, Message, TokenGroup
 from accord.training.allocator import keep_freed_memory
 from accord.training.environment import environment
+from benchmarks.command import Command, count, new_file
 from benchmarks.speed.work import END, Work, groups_of, prepare
 
 WORKS = ("sft", "dpo", "ppo")
@@ -52,14 +52,12 @@ SECTIONS: dict[str, dict[str, Any]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.profile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Command("profile", __doc__)
     parser.add_argument("--work", choices=WORKS, action="append", help="this one only; may be repeated")
     parser.add_argument("--model", choices=MODELS, action="append", help="this size only; may be repeated")
     parser.add_argument("--quick", action="store_true", help="two iterations instead of five")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads (default: all)")
-    parser.add_argument("--out", type=Path, help=f"the numbers, as JSON ({LATEST.name}, or -quick)")
+    parser.add_argument("--threads", type=count(), default=os.cpu_count(), help="threads (default: all)")
+    parser.add_argument("--out", type=new_file, help=f"the numbers, as JSON ({LATEST.name}, or -quick)")
     args = parser.parse_args(arguments)
     keep_freed_memory()
     console = Console(width=140)
@@ -77,12 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows.append((model, found.stages[0]))
     print(f"\n{table(rows)}")
     out = args.out or (LATEST.with_stem(f"{LATEST.stem}-quick") if args.quick else LATEST)
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_json(
         out,
         {"environment": environment(), "rows": [{"model": model, **asdict(profile)} for model, profile in rows]},
     )
-    print(f"\nnumbers: {args.out}")
+    print(f"\nnumbers: {out}")
 
 
 def recipe_of(work: str, folder: Path, threads: int | None) -> Recipe:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.scaling_cost                 all curves, up to ten million rows; an hour or more, alone
     python -m benchmarks.scaling_cost --quick         a few small points of each
-    python -m benchmarks.scaling_cost --curves check load     these; results of others in the file are kept
+    python -m benchmarks.scaling_cost --curves check load     these; all else in the file is kept
     python -m benchmarks.scaling_cost --up-to 1000000         no point beyond
 
 Every point is a process of its own with one thread, so that its peak memory is its own. Time is the median of UPDATES
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,7 @@ import numpy as np
 from accord.atomic import write_json
 from accord.report.svg import Series
 from accord.training.environment import resident_peak_mb
+from benchmarks.command import Command, count, new_file, read_json
 from benchmarks.figure import Panel, write_figure
 
 __all__ = ["CURVES", "Curve", "Point", "exponent", "main", "steep"]
@@ -258,32 +259,59 @@ def _panels(name: str, points: Sequence[Point]) -> list[Panel]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling_cost", description=__doc__.splitlines()[0])
+    parser = Command("scaling_cost", __doc__)
     parser.add_argument("--quick", action="store_true", help="a few small points of each curve, no figure")
     parser.add_argument("--curves", nargs="+", choices=CURVES, default=list(CURVES), metavar="CURVE")
-    parser.add_argument("--up-to", type=int, metavar="VALUE", help="leave out the points beyond, in every curve")
-    parser.add_argument("--out", type=Path, help=f"the JSON file that is written ({RESULTS.name}, or -quick)")
-    parser.add_argument("--figure", type=Path, help=f"the figure (full form: {FIGURE.relative_to(ROOT)})")
+    parser.add_argument("--up-to", type=count(), metavar="VALUE", help="leave out the points beyond, in every curve")
+    parser.add_argument("--out", type=new_file, help=f"the JSON file that is written ({RESULTS.name}, or -quick)")
+    parser.add_argument("--figure", type=new_file, help=f"the figure (full form: {FIGURE.relative_to(ROOT)})")
     parser.add_argument("--point", nargs=2, metavar=("CURVE", "VALUE"), help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.point:
         print(json.dumps(asdict(_measure(args.point[0], int(args.point[1]), args.quick))))
         return 0
     out = args.out or (RESULTS.with_stem(f"{RESULTS.stem}-quick") if args.quick else RESULTS)
-    points = [Point(**row) for row in json.loads(out.read_text())] if out.exists() else []
-    for name in args.curves:
-        values = [v for v in CURVES[name].points(args.quick) if args.up_to is None or v <= args.up_to]
-        measured = [_apart(name, value, args.quick) for value in values]
-        points = [point for point in points if point.curve != name] + measured
-        if len(measured) > 1:
-            print("\n".join(_account(name, measured)), flush=True)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, [asdict(point) for point in points])
+    try:
+        points = _kept(out)
+    except ValueError as error:
+        parser.error(str(error))
+    every = {name: CURVES[name].points(args.quick) for name in args.curves}
+    chosen = {name: [v for v in values if args.up_to is None or v <= args.up_to] for name, values in every.items()}
+    if not any(chosen.values()):
+        parser.error(
+            f"no point of {', '.join(chosen)} is at most {args.up_to}: the least is {min(map(min, every.values()))}"
+        )
+    for name, values in chosen.items():
+        if not values:
+            print(f"{name}: no point is at most {args.up_to}", file=sys.stderr)
+        for value in values:
+            points[name, value] = _apart(name, value, args.quick)
+            write_json(out, [asdict(point) for point in _sorted(points)])
+        of_curve = [point for point in _sorted(points) if point.curve == name]
+        if values and len(of_curve) > 1:
+            print("\n".join(_account(name, of_curve)), flush=True)
     figure = args.figure or (None if args.quick else FIGURE)
     if figure is not None:
-        of_curve = {name: [point for point in points if point.curve == name] for name in CURVES}
-        write_figure(figure, [panel for name, found in of_curve.items() if found for panel in _panels(name, found)])
+        by_curve = {name: [point for point in _sorted(points) if point.curve == name] for name in CURVES}
+        write_figure(figure, [panel for name, found in by_curve.items() if found for panel in _panels(name, found)])
     return 0
+
+
+def _kept(path: Path) -> dict[tuple[str, int], Point]:
+    """The points that lie in a file, by curve and value. Raises: ValueError when it is none of ours."""
+    try:
+        points = [Point(**row) for row in read_json(path)] if path.exists() else []
+    except TypeError:
+        points = None
+    if points is None or any(point.curve not in CURVES for point in points):
+        raise ValueError(f"{path} does not hold the points of these curves: name another file with --out")
+    return {(point.curve, point.value): point for point in points}
+
+
+def _sorted(points: Mapping[tuple[str, int], Point]) -> list[Point]:
+    """In the order of the curves, and on each from small to large."""
+    order = list(CURVES)
+    return sorted(points.values(), key=lambda point: (order.index(point.curve), point.value))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 
 from accord.methods.plan import check_sizes
 from accord.profiling.account import Measured, StageProfile, rows_of
+from benchmarks import profile
 from benchmarks.profile import GROUPS, WORKS, corpus_of, recipe_of, table
 
 
@@ -35,3 +36,13 @@ def test_the_table_has_a_row_a_profile_and_a_column_a_phase() -> None:
     head, _, row = table([("5M", profile)]).splitlines()
     assert head == "| work | model | an iteration | bound | updates of peak | forward | data |"
     assert row == "| sft | 5M | 4.00 s | 1.50 s, 38% | 50% | 75.0% (50%) | 25.0% |"
+
+
+def test_what_is_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(profile, "LATEST", tmp_path / "profile.json")
+    monkeypatch.setattr(profile, "WORKS", ())
+    profile.main(["--quick"])
+    written = tmp_path / "profile-quick.json"
+    assert f"numbers: {written}" in capsys.readouterr().out and written.exists()

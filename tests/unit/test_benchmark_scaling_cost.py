@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from benchmarks.scaling_cost import CURVES, _measure, exponent, main, steep
+from benchmarks import scaling_cost
+from benchmarks.scaling_cost import CURVES, Point, _measure, exponent, main, steep
 
 
 def test_the_exponent_of_a_power_is_its_power() -> None:
@@ -39,3 +41,17 @@ def test_the_quick_form_measures_each_point_apart_and_draws(tmp_path: Path, caps
     assert main(["--quick", "--curves", "tokens", "--up-to", "100", "--out", str(out)]) == 0
     rows = [(row["curve"], row["value"]) for row in json.loads(out.read_text())]
     assert rows == [*(("check", n) for n in CURVES["check"].quick), ("tokens", 100)]
+
+
+def test_only_the_points_that_are_measured_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling_cost, "_apart", lambda name, value, quick: Point(name, value, 9.0, 9.0))
+    out, figure = tmp_path / "cost.json", tmp_path / "cost.svg"
+    kept = [Point("check", value, 1.0, 1.0) for value in CURVES["check"].values]
+    out.write_text(json.dumps([asdict(point) for point in kept]))
+    assert (
+        main(["--curves", "check", "vocabulary", "--up-to", "10000", "--out", str(out), "--figure", str(figure)]) == 0
+    )
+    points = [Point(**row) for row in json.loads(out.read_text())]
+    vocabulary = [Point("vocabulary", value, 9.0, 9.0) for value in (1024, 4096)]
+    assert points == [*vocabulary, Point("check", 10_000, 9.0, 9.0), *kept[1:]]
+    assert "accord data check" in figure.read_text()

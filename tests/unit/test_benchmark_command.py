@@ -1,0 +1,52 @@
+"""The benchmarks' command lines: what cannot be used is one sentence and exit code 2, before anything is measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import profile, scaling_cost
+
+OTHER = '[{"curve": "no such", "value": 1, "seconds": 1, "megabytes": 1}]'
+
+
+def refusal(main: object, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a benchmark says when it refuses these."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)  # type: ignore[operator]
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and not said.out
+    assert said.err.startswith("benchmarks.") and said.err.count("\n") == 1
+    return said.err
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "said"),
+    [
+        (profile.main, ["--threads", "0"], "--threads: found '0', expected a whole number of at least 1"),
+        (profile.main, ["--out", "/nodir/x.json"], "/nodir/x.json cannot be written"),
+        (scaling_cost.main, ["--figure", "/nodir/x.svg"], "/nodir/x.svg cannot be written"),
+        (scaling_cost.main, ["--up-to", "-1"], "--up-to: found '-1'"),
+        (
+            scaling_cost.main,
+            ["--curves", "check", "--up-to", "5"],
+            "no point of check is at most 5: the least is 10000",
+        ),
+    ],
+)
+def test_arguments_are_refused(
+    main: object, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refusal(main, arguments, capsys)
+
+
+@pytest.mark.parametrize("content", ["{bad", "[1]", '{"rows": 3}', '[{"curve": "check"}]', OTHER])
+def test_a_file_of_other_results_is_refused_and_stays(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaling_cost, "_apart", lambda *point: pytest.fail("measured"))
+    out = tmp_path / "bad.json"
+    out.write_text(content)
+    assert str(out) in refusal(scaling_cost.main, ["--quick", "--out", str(out)], capsys)
+    assert out.read_text() == content
