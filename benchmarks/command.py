@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from accord.atomic import write_text
 
-__all__ = ["Command", "count", "new_file", "page", "read_json", "refuse", "write_between"]
+__all__ = ["Command", "count", "new_file", "page_file", "read_json", "refuse", "write_between"]
 
 
 class Command(argparse.ArgumentParser):
@@ -51,7 +51,7 @@ def new_file(text: str) -> Path:
     return path
 
 
-def page(text: str) -> Path:
+def page_file(text: str) -> Path:
     """The type of an argument that names a page of the documentation, of which a part is written anew."""
     path = Path(text)
     if not path.is_file():
@@ -66,7 +66,7 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): name another file with --out") from error
+        raise ValueError(f"{path} is no JSON ({error}): name another file") from error
 
 
 def write_between(path: Path, mark: str, text: str) -> None:

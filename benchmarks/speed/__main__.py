@@ -6,6 +6,7 @@
     python -m benchmarks.speed --allocator as-is     both sides without the allocator settings that both have otherwise
     python -m benchmarks.speed --figure FILE         draw results that lie in --out into this SVG; nothing is run
     python -m benchmarks.speed --page FILE           write them into this page of the documentation; nothing is run
+    python -m benchmarks.speed --page FILE --later FILE     with works that were measured since, into another --out
 
 The peer is TRL, for PPO an older one in an environment of its own (--ppo-python), and for sampling transformers'
 `generate`. Both sides start from the same weights, make the same updates of the same batches, in float32 with the same
@@ -13,7 +14,8 @@ AdamW and threads, and have the same allocator settings, for those are anyone's.
 of the others the mean counts; where both sides sample, an update is a whole iteration, in PPO with 16 updates inside,
 and with 32k words the only one. A ratio is of two runs side by side; of five turns the median, the lowest and the
 highest are given. Peak memory is what was resident at most, libraries included. `once` is what comes before the first
-update: reference log-probabilities, checks, and on TRL's side tokenising.
+update: reference log-probabilities, checks, and on TRL's side tokenising. In the works `-compiled` it is the first call
+of the sampler, which compiles, nothing being known from other runs.
 
 `same_learning`: the losses of all updates agree to 1e-4. Where both sides sample for themselves the losses say nothing.
 There a run apart, not timed, gives both the same completions, and after each update the mean log-probability of these
@@ -33,13 +35,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
 from accord.atomic import write_json
 from accord.training.environment import environment
+from benchmarks.command import Command, count, new_file, page_file, read_json, refuse
 from benchmarks.speed.figure import write_bars
-from benchmarks.speed.results import row_of, table, write_page
+from benchmarks.speed.results import merged, row_of, table, write_page
 from benchmarks.speed.work import WORKS, Timing, Work, prepare
 
 SIDES = ("accord", "peer")
@@ -61,34 +65,31 @@ class Setup:
         return str(self.ppo_python) if work.kind == "ppo" and side == "peer" else sys.executable
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = Command("speed", __doc__)
     parser.add_argument("--work", default="", help="the work called so, or else those whose name begins so")
-    parser.add_argument("--turns", type=_count, default=5, help="runs of each side")
+    parser.add_argument("--turns", type=count(), default=5, help="runs of each side")
     parser.add_argument("--quick", action="store_true", help="two turns instead of five")
     parser.add_argument("--allocator", choices=("kept", "as-is"), default="kept", help="kept: freed memory stays")
-    parser.add_argument("--threads", type=_count, default=os.cpu_count(), help="threads of each run")
+    parser.add_argument("--threads", type=count(), default=os.cpu_count(), help="threads of each run")
     parser.add_argument("--ppo-python", type=Path, default=PPO_PYTHON, help="an interpreter that has TRL 1.12, for PPO")
-    parser.add_argument("--out", type=Path, default=LATEST, help="the results, as JSON")
-    parser.add_argument("--figure", type=Path, help="draw what lies in --out, and run nothing")
-    parser.add_argument("--page", type=Path, help="write what lies in --out into this page, and run nothing")
+    parser.add_argument("--out", type=new_file, default=LATEST, help="the results, as JSON")
+    parser.add_argument("--figure", type=new_file, help="draw what lies in --out, and run nothing")
+    parser.add_argument("--page", type=page_file, help="write what lies in --out into this page, and run nothing")
+    parser.add_argument("--later", type=Path, action="append", default=[], metavar="FILE",
+                        help="results that take the place of the same works' in --out; may be repeated")  # fmt: skip
     parser.add_argument("--one", nargs=4, metavar=("WORK", "SIDE", "FOLDER", "APART"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     setup = Setup(args.threads, args.allocator, args.ppo_python)
     if args.one:
         name, side, folder, apart = args.one
         print(json.dumps(asdict(_one(WORKS[name], side, Path(folder), apart == "apart", setup))))
     elif args.figure or args.page:
-        _publish(args.out, args.figure, args.page)
+        _publish(args.out, args.later, args.figure, args.page)
+    elif args.later:
+        parser.error("--later goes with --page or --figure")
     else:
-        _measure(_chosen(args.work), 2 if args.quick else args.turns, setup, args)
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number of at least 1")
-    return int(text)
+        _measure(_chosen(args.work), 2 if args.quick else args.turns, setup, args.out)
 
 
 def _chosen(work: str) -> list[str]:
@@ -99,36 +100,62 @@ def _chosen(work: str) -> list[str]:
 
 
 def _refuse(reason: str) -> NoReturn:
-    print(f"benchmarks.speed: {reason}", file=sys.stderr)
-    sys.exit(2)
+    refuse("benchmarks.speed", reason)
 
 
-def _measure(names: Sequence[str], turns: int, setup: Setup, args: argparse.Namespace) -> None:
-    if any(WORKS[name].kind == "ppo" for name in names) and not setup.ppo_python.exists():
+def _peers_are_there(names: Sequence[str], setup: Setup) -> None:
+    """Refuse works whose peer is not installed, before anything is run."""
+    with_trl = [WORKS[name].kind for name in names if WORKS[name].peer == "trl"]
+    if "ppo" in with_trl and not _has_trl(setup.ppo_python):
         _refuse(
-            f"TRL 1.12, the last with PPO, needs an environment of its own, and {setup.ppo_python} is not there: "
+            f"TRL 1.12, the last with PPO, needs an environment of its own, and {setup.ppo_python} is none: "
             "`make bench` makes it; or name another interpreter with --ppo-python, or other works with --work"
         )
+    if any(kind != "ppo" for kind in with_trl) and find_spec("trl") is None:
+        _refuse(
+            f"TRL, the peer, is not installed for {sys.executable}: `make bench` does that, or "
+            "pip install -e '.[bench]'; --work sampling needs none"
+        )
+
+
+def _has_trl(python: Path) -> bool:
+    look = "import sys; from importlib.util import find_spec; sys.exit(find_spec('trl') is None)"
+    try:
+        return subprocess.run([python, "-c", look], capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+def _measure(names: Sequence[str], turns: int, setup: Setup, out: Path) -> None:
+    _peers_are_there(names, setup)
     date = f"{datetime.now(UTC):%Y-%m-%d}"
     machine = {**environment(), "threads": setup.threads, "allocator": setup.allocator, "date": date}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for rows in _turns(names, turns, setup):
-        write_json(args.out, {"machine": machine, "rows": rows})  # after every turn: an hour is long
+        write_json(out, {"machine": machine, "rows": rows})  # after every turn: an hour is long
     print(table(rows))
 
 
-def _publish(results: Path, figure: Path | None, page: Path | None) -> None:
+def _publish(results: Path, later: Sequence[Path], figure: Path | None, page: Path | None) -> None:
     if not results.exists():
         _refuse(f"there are no results in {results}: run `make bench` first, or name others with --out")
-    found = json.loads(results.read_text(encoding="utf-8"))
+    try:
+        found, *others = (_results(path) for path in (results, *later))
+        if page is not None:
+            write_page(page, found, others)
+    except ValueError as error:
+        _refuse(str(error))
     if figure is not None:
-        write_bars(figure, found["rows"])
-    if page is not None:
-        try:
-            write_page(page, found)
-        except ValueError as error:
-            _refuse(str(error))
+        write_bars(figure, merged(found, others)["rows"])
+
+
+def _results(path: Path) -> dict[str, Any]:
+    """What a run of ours wrote there. Raises: ValueError when it is something else."""
+    found = read_json(path)
+    rows = found.get("rows") if isinstance(found, dict) and "machine" in found else None
+    if not rows or not all(isinstance(row, dict) and row.get("work") in WORKS for row in rows):
+        raise ValueError(f"{path} does not hold results of these works: name another file")
+    return found
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -180,6 +207,8 @@ def _in_process(name: str, side: str, folder: Path, apart: str, setup: Setup) ->
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if WORKS[name].compiled:
+        environment["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # each run compiles anew: `once` is what that costs
     done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name}, {side} failed:\n{done.stdout[-1000:]}{done.stderr[-4000:]}")

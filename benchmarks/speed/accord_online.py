@@ -47,8 +47,9 @@ def run(work: Work, folder: Path, apart: bool) -> Timing:
 
 
 def _sampling(work: Work, policy: Any, groups: list[TokenGroup], apart: bool) -> Callable[[int], list[float]]:
-    """A call of the sampler; nothing ends an answer early. Its tokens, in the run apart the likeliest ones."""
-    sampler = NativeSampler(policy, pad_id=PAD)
+    """A call of the sampler; nothing ends an answer early. Its tokens, in the run apart the likeliest ones. What is
+    compiled is so by a call before."""
+    sampler = NativeSampler(policy, pad_id=PAD, compiled=work.compiled)
     sampling = Sampling(len(groups[0].completions[0].ids), 0.0 if apart else 1.0, stop_ids=())
     prompts = [PromptTokens(group.prompt_ids, group.prompt_id) for group in groups]
 
@@ -56,6 +57,8 @@ def _sampling(work: Work, policy: Any, groups: list[TokenGroup], apart: bool) ->
         written = sampler.generate(prompts, 1, sampling, ("speed", number))
         return [float(i) for (sample,) in written for i in sample.ids]
 
+    if work.compiled:
+        step(0)
     return step
 
 

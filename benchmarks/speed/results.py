@@ -7,14 +7,13 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from accord.atomic import write_text
+from benchmarks.command import write_between
 from benchmarks.speed.counted import counted
 from benchmarks.speed.work import TARGETS, WORKS, Timing, Work, groups_of
 
-__all__ = ["AGREE", "row_of", "table", "write_page"]
+__all__ = ["AGREE", "merged", "row_of", "table", "write_page"]
 
 AGREE = 1e-4  # absolute, or as a share of what exceeds 1
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
 def row_of(
@@ -84,26 +83,41 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_page(path: Path, results: Mapping[str, Any]) -> None:
+def merged(results: Mapping[str, Any], later: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The rows of a full run, each replaced by the one of the last later file that has its work; new works follow."""
+    rows = {row["work"]: row for found in (results, *later) for row in found["rows"]}
+    return {**results, "rows": list(rows.values())}
+
+
+def write_page(path: Path, results: Mapping[str, Any], later: Sequence[Mapping[str, Any]] = ()) -> None:
     """Replace what stands between the two marks of a page by the results, with date and machine.
 
-    Raises: ValueError when the page lacks the marks, or the results a work: a page shows a full run.
+    Raises: ValueError when the page lacks the marks, or all results together a work: a page shows all of them.
     """
-    missing = sorted(WORKS.keys() - {row["work"] for row in results["rows"]})
+    missing = sorted(WORKS.keys() - {row["work"] for row in merged(results, later)["rows"]})
     if missing:
-        raise ValueError(f"these results lack {', '.join(missing)}: a page shows a full run, `make bench` without WORK")
-    page = path.read_text(encoding="utf-8")
-    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
-        raise ValueError(f"{path}: expected {BEGIN} and, below it, {END}, each once")
-    head, rest = page.split(BEGIN)
-    write_text(path, f"{head}{BEGIN}\n\n{_section(results)}\n\n{END}{rest.split(END)[1]}")
+        raise ValueError(
+            f"these results lack {', '.join(missing)}: a page shows all works, so run `make bench` without WORK, "
+            "or measure them into another file and name it with --later"
+        )
+    write_between(path, "measured", _section(results, later))
 
 
-def _section(results: Mapping[str, Any]) -> str:
-    machine, rows = results["machine"], results["rows"]
-    turns = " or ".join(str(turns) for turns in sorted({row["turns"] for row in rows}))
+def _section(results: Mapping[str, Any], later: Sequence[Mapping[str, Any]]) -> str:
+    rows = merged(results, later)["rows"]
+    lines = [f"Measured on {_circumstances(results)}.", "", table(rows)]
+    for index, found in enumerate(later):
+        again = {row["work"] for other in later[index + 1 :] for row in other["rows"]}
+        works = [row["work"] for row in found["rows"] if row["work"] not in again]
+        if works:
+            lines += ["", f"Measured later, on {_circumstances(found)}: {', '.join(works)}."]
+    return "\n".join(lines)
+
+
+def _circumstances(results: Mapping[str, Any]) -> str:
+    machine = results["machine"]
+    turns = " or ".join(str(turns) for turns in sorted({row["turns"] for row in results["rows"]}))
     return (
-        f"Measured on {machine['date']}: {machine['cpu']}, {machine['threads']} threads, "
-        f"{machine['memory_bytes'] / 1e9:,.0f} GB, torch {machine['torch']}, allocator {machine['allocator']}; "
-        f"{turns} turns.\n\n{table(rows)}"
+        f"{machine['date']}: {machine['cpu']}, {machine['threads']} threads, {machine['memory_bytes'] / 1e9:,.0f} GB, "
+        f"torch {machine['torch']}, allocator {machine['allocator']}; {turns} turns"
     )

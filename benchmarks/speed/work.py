@@ -65,6 +65,7 @@ class Work:
     warm_up         how many of them, the first, are not timed
     one_trunk       Accord's value model is a head on the policy's trunk; the peer has two models all the same
     peer_rows       rows in a forward pass of the peer, None = all; the fastest that was found for it
+    compiled        Accord's decoding step is compiled; the call that does so is no update, but comes once before them
     peer_grouped    the peer makes its batches from rows of similar length, which are then not the same updates
     """
 
@@ -80,6 +81,7 @@ class Work:
     one_trunk: bool = False
     peer_rows: int | None = None
     peer_grouped: bool = False
+    compiled: bool = False
 
     @property
     def unit(self) -> str:
@@ -141,6 +143,8 @@ WORKS: dict[str, Work] = {
     "sampling-1": Work("sampling", 1, 64, 64, updates=7),
     "sampling-16": Work("sampling", 16, 64, 64, updates=7),
     "sampling-64": Work("sampling", 64, 64, 64, updates=7),
+    "sampling-1-compiled": Work("sampling", 1, 64, 64, updates=7, compiled=True),
+    "sampling-16-compiled": Work("sampling", 16, 64, 64, updates=7, compiled=True),
 }
 
 
@@ -155,6 +159,7 @@ TARGETS: Mapping[str, tuple[float, float]] = {
     "grpo-short": (2.0, 0.6), "grpo-long": (3.0, 0.6), "rloo-short": (2.0, 0.6), "rloo-long": (3.0, 0.6),
     "ppo": (1.8, 0.6), "ppo-32k": (3.5, 0.35), "ppo-one-trunk": (3.0, 0.5),
     "sampling-1": (2.5, 1.0), "sampling-16": (2.0, 1.0), "sampling-64": (1.5, 1.0),
+    "sampling-1-compiled": (2.5, 1.0), "sampling-16-compiled": (2.0, 1.0),
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import profile, scaling_cost
+from benchmarks.speed import __main__ as speed
 
 OTHER = '[{"curve": "no such", "value": 1, "seconds": 1, "megabytes": 1}]'
 
@@ -33,6 +34,11 @@ def refusal(main: object, arguments: list[str], capsys: pytest.CaptureFixture[st
             ["--curves", "check", "--up-to", "5"],
             "no point of check is at most 5: the least is 10000",
         ),
+        (speed.main, ["--page", "/nodir/x.md"], "there is no file /nodir/x.md"),
+        (speed.main, ["--figure", "/nodir/x.svg"], "/nodir/x.svg cannot be written"),
+        (speed.main, ["--later", "x.json"], "--later goes with --page or --figure"),
+        (speed.main, ["--figure", "x.svg", "--out", "none.json"], "there are no results in none.json"),
+        (speed.main, ["--figure", "x.svg", "--later", "none.json"], "cannot read none.json: No such file"),
     ],
 )
 def test_arguments_are_refused(
@@ -50,3 +56,14 @@ def test_a_file_of_other_results_is_refused_and_stays(
     out.write_text(content)
     assert str(out) in refusal(scaling_cost.main, ["--quick", "--out", str(out)], capsys)
     assert out.read_text() == content
+
+
+@pytest.mark.parametrize("content", ["{bad", "[1]", '{"machine": {}, "rows": [{"work": "no such"}]}'])
+def test_results_of_something_else_are_not_published(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, page = tmp_path / "bad.json", tmp_path / "page.md"
+    out.write_text(content)
+    page.write_text("as it was")
+    assert str(out) in refusal(speed.main, ["--out", str(out), "--page", str(page)], capsys)
+    assert page.read_text() == "as it was"

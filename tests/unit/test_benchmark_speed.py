@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from accord.models.layout import collate
 from accord.models.load import ModelShape, build_model, reward_model_from
 from accord.models.token_scores import score_completions, score_tokens
 from accord.profiling.observer import Observer
-from benchmarks.speed.__main__ import _chosen
+from benchmarks.speed import __main__ as speed
+from benchmarks.speed import accord_online
+from benchmarks.speed.__main__ import Setup, _chosen, main
 from benchmarks.speed.counted import counted, own_flops, peer_flops
 from benchmarks.speed.figure import write_bars
 from benchmarks.speed.results import row_of, table, write_page
@@ -22,6 +26,9 @@ from benchmarks.speed.work import MODELS, TARGETS, WORKS, Timing, groups_of, pai
 
 DPO = WORKS["dpo-long"]
 SAME = [1.0] * DPO.updates
+MACHINE: dict[str, Any] = {
+    "date": "2030-01-02", "cpu": "abacus", "threads": 2, "memory_bytes": 8e9, "torch": "9", "allocator": "kept",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WORKS)
@@ -95,15 +102,7 @@ def test_the_reward_is_the_share_of_even_words() -> None:
 def test_results_replace_what_stands_between_the_marks_and_nothing_else(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- measured: begin -->\nold\n<!-- measured: end -->\nafter\n")
-    machine = {
-        "date": "2030-01-02",
-        "cpu": "abacus",
-        "threads": 2,
-        "memory_bytes": 8e9,
-        "torch": "9",
-        "allocator": "kept",
-    }
-    rows = [row(work=name) for name in WORKS]
+    machine, rows = MACHINE, [row(work=name) for name in WORKS]
     write_page(page, {"machine": machine, "rows": rows})
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
@@ -114,9 +113,66 @@ def test_results_replace_what_stands_between_the_marks_and_nothing_else(tmp_path
     with pytest.raises(ValueError, match="each once"):
         write_page(page, {"machine": machine, "rows": rows})
     page.write_text(text)
-    with pytest.raises(ValueError, match=r"these results lack dpo-long, dpo-long-15m.*full run"):
+    with pytest.raises(ValueError, match=r"these results lack dpo-long, dpo-long-15m.*--later"):
         write_page(page, {"machine": machine, "rows": []})
     assert page.read_text() == text
+
+
+def test_works_measured_later_replace_the_full_runs_and_are_dated(tmp_path: Path) -> None:
+    """sampling-1 is measured three times, sampling-1-compiled first in the second file; the last file has its way."""
+    full = {"machine": MACHINE, "rows": [row(work=name) for name in WORKS if name != "sampling-1-compiled"]}
+    works = {"2031-01-01": ("sampling-1", "sampling-1-compiled"), "2032-01-01": ("sampling-1",)}
+    later = [
+        {"machine": MACHINE | {"date": date}, "rows": [row(work=work, accord=float(date[:4])) for work in names]}
+        for date, names in works.items()
+    ]
+    paths = [tmp_path / f"{number}.json" for number in range(3)]
+    for path, results in zip(paths, (full, *later), strict=True):
+        path.write_text(json.dumps(results))
+    page, figure = tmp_path / "page.md", tmp_path / "page.svg"
+    page.write_text("<!-- measured: begin -->\n<!-- measured: end -->\n")
+    files = ["--out", str(paths[0]), "--later", str(paths[1]), "--later", str(paths[2])]
+    main([*files, "--page", str(page), "--figure", str(figure)])
+    text = page.read_text()
+    lines = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
+    assert "| 2,032.0 |" in lines["| sampling-1"] and "| 2,031.0 |" in lines["| sampling-1-compiled"]
+    assert "| 16.0 |" in lines["| sampling-16"] and list(lines)[-1] == "| sampling-1-compiled"
+    assert "Measured on 2030-01-02: abacus" in text
+    assert re.search(r"Measured later, on 2031-01-01: .* 3 turns: sampling-1-compiled\.\n", text)
+    assert re.search(r"Measured later, on 2032-01-01: .* 3 turns: sampling-1\.\n", text)
+    assert "sampling-1-compiled" in figure.read_text()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_compiles_is_no_timed_call(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+
+    class Sampler:
+        def __init__(self, model: object, *, pad_id: int, compiled: bool) -> None:
+            calls.append(compiled)
+
+        def generate(self, prompts: list[object], n: int, sampling: object, key: object) -> list[object]:
+            calls.append(key)
+            return []
+
+    monkeypatch.setattr(accord_online, "NativeSampler", Sampler)
+    work = WORKS["sampling-1-compiled" if compiled else "sampling-1"]
+    step = accord_online._sampling(work, None, groups_of(work)[0], False)
+    assert calls == ([True, ("speed", 0)] if compiled else [False])
+    step(1)
+    assert calls[-1] == ("speed", 1)
+
+
+def test_works_without_their_peer_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup = Setup(1, "kept", tmp_path / "no-python")
+    monkeypatch.setattr(speed, "find_spec", lambda name: None)
+    for name, said in (("sft-fixed", "`make bench` does that, or pip install -e '.[bench]'"), ("ppo", "--ppo-python")):
+        with pytest.raises(SystemExit) as stopped:
+            speed._measure([name], 1, setup, tmp_path / "out.json")
+        assert stopped.value.code == 2 and said in capsys.readouterr().err
+    speed._peers_are_there(["sampling-1"], setup)
 
 
 def test_the_figure_draws_every_work_and_marks_what_does_not_learn_the_same(tmp_path: Path) -> None:
