@@ -145,15 +145,42 @@ def test_the_methods_as_json_have_all_their_facts(capsys: pytest.CaptureFixture[
         (["sft", "recipe.yaml", "--set", "model.scratch=null"], "no model to start from: set `model.path`"),
         (["reward", "recipe.yaml"], "the sft stage of this recipe is not finished in runs/demo/sft: run `accord sft`"),
         (["ppo", "recipe.yaml"], "the sft stage of this recipe is not finished"),
+        (
+            ["reward", "recipe.yaml", "--set", "data.preferences=not-read.jsonl"],
+            "the sft stage of this recipe is not finished",
+        ),
+        (
+            ["evaluate", "recipe.yaml", "--set", "data.preferences=not-read.jsonl"],
+            "the sft stage of this recipe is not",
+        ),
+        (
+            ["sft", "recipe.yaml", "--set", "threads=100000"],
+            "--set: `threads`: input should be less than or equal to 10",
+        ),
         (["ppo", "recipe.yaml", "--set", "sft=null"], "the reward stage of this recipe is not finished"),
         (["dpo", "--set", "model.path=x"], "no comparisons: set `data.preferences`"),
         (["kto", "--set", "model.path=x"], "no ratings: set `data.preferences`"),
         (["dpo", "recipe.yaml"], "the sft stage of this recipe is not finished in runs/demo/sft: run `accord sft`"),
-        (["dpo", "recipe.yaml", "--set", "data.preferences=marked.jsonl"], "Single answers with labels are for kto"),
-        (["orpo", "recipe.yaml", "--set", "data.preferences=marked.jsonl"], "with scores for ilql, and several in one"),
-        (["kto", "recipe.yaml", "--set", "data.preferences=scored.jsonl"], "kto learns from marks: give each answer a"),
-        (["kto", "recipe.yaml", "--set", "data.preferences=ranked.jsonl"], "Rankings are for reward, dpo and orpo"),
-        (["dpo", "recipe.yaml", "--set", "data.preferences=prompts.jsonl"], "are for the methods that sample, such as"),
+        (
+            ["dpo", "recipe.yaml", "--set", "sft=null", "--set", "data.preferences=marked.jsonl"],
+            "Single answers with labels are for kto",
+        ),
+        (
+            ["orpo", "recipe.yaml", "--set", "sft=null", "--set", "data.preferences=marked.jsonl"],
+            "with scores for ilql, and several in one",
+        ),
+        (
+            ["kto", "recipe.yaml", "--set", "sft=null", "--set", "data.preferences=scored.jsonl"],
+            "kto learns from marks: give each answer a",
+        ),
+        (
+            ["kto", "recipe.yaml", "--set", "sft=null", "--set", "data.preferences=ranked.jsonl"],
+            "Rankings are for reward, dpo and orpo",
+        ),
+        (
+            ["dpo", "recipe.yaml", "--set", "sft=null", "--set", "data.preferences=prompts.jsonl"],
+            "are for the methods that sample, such as",
+        ),
         (["dpo", "recipe.yaml", "--set", "dpo.loss=sppo"], "`dpo.loss`"),
         (
             ["dpo", "recipe.yaml", "--set", "dpo.target_margin=2"],
@@ -163,7 +190,10 @@ def test_the_methods_as_json_have_all_their_facts(capsys: pytest.CaptureFixture[
         (["loop", "recipe.yaml", "--set", "reward=null"], "add a `reward:` section"),
         (["loop", "recipe.yaml"], "`loop.comparisons` = 500, but there are only 30 distinct prompts"),
         (["loop", "recipe.yaml", "--set", "loop.labeler=human"], "did you mean `loop.labeller`?"),
-        (["evaluate", "recipe.yaml", "--set", "sft=null", "--set", "ppo=null"], "there is only one model to evaluate"),
+        (
+            ["evaluate", "recipe.yaml", *("--set", "sft=null", "--set", "reward=null", "--set", "ppo=null")],
+            "there is only one model to evaluate",
+        ),
     ],
 )
 def test_input_that_is_wrong_exits_2_and_says_what_to_mend(

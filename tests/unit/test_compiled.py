@@ -4,18 +4,23 @@ alone. Compiled to plain calls, for compiling to machine code takes minutes."""
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch._dynamo.testing import CompileCounter
 
 from accord.config import recipe_from
 from accord.errors import ConfigError
-from accord.models.compiled import compile_seconds, compile_trunk, trunk_of
+from accord.methods.corpus import Corpus, Part
+from accord.models.compiled import check_compiler, compile_seconds, compile_trunk, trunk_of
 from accord.models.layout import collate
 from accord.models.sharing import sharing_copy
 from accord.models.token_scores import score_tokens
+from accord.pipeline import run_stages
+from accord.records import Completion, Group, Message
 from models_support import PAD_ID, tiny_model, token_group
 
 SHAPES = (
@@ -62,6 +67,24 @@ def test_only_the_model_itself_is_compiled_and_only_with_gradient() -> None:
         assert trunk_of(model) is model.base_model
     for other in (sharing_copy(model), copy.deepcopy(model)):
         assert trunk_of(other) is other.base_model
+
+
+@pytest.mark.parametrize("key", ["compile", "compile_sampling"])
+def test_without_a_compiler_the_key_the_program_and_the_way_out_are_named(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    check_compiler(f"model.{key}", torch.device("cuda"))
+    model = {"scratch": {"hidden_size": 16, "layers": 1, "heads": 2, "vocab_size": 300}, key: True}
+    recipe = recipe_from({"model": model, "sft": {}, "out": str(tmp_path / "run")})
+    groups = [Group((Message("user", "ask"),), (Completion((Message("assistant", "yes"),)),))] * 4
+    with pytest.raises(ConfigError, match=rf"`model.{key}` needs a C\+\+ compiler .* no (clang|g)\+\+ .* or drop"):
+        run_stages(recipe, Corpus(sft=Part.of(groups, "demonstrations")), ["sft"], Console(quiet=True))
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "mine").touch(0o755)
+    monkeypatch.setenv("CXX", "mine")
+    check_compiler(f"model.{key}", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("other", [{"quantise": "nf4", "adapter": {}}, {"activation_checkpointing": True}])

@@ -239,6 +239,25 @@ def test_a_colon_without_a_space_is_pointed_out(text: str, message: str) -> None
         load_recipe(None, [text])
 
 
+def test_a_mistake_of_set_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, "sft: {epochs: 0}\nmodel: {path: x}\n")
+    given = ["sft.batch_size=0", "reward={epoch: 2}", "data.sft=[{path: a, formt: x}]"]
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path, given)
+    ours, theirs = str(caught.value).split("--set: ")
+    assert ours == f"{path}: `sft.epochs`: input should be greater than or equal to 1; found 0\n"
+    found = ["`sft.batch_size`: input", "unknown key `reward.epoch`; did you", "unknown key `data.sft.0.formt`; did"]
+    assert [sum(start in line for start in found) for line in theirs.splitlines()] == [0, 1, 1, 1]
+
+
+def test_a_key_that_a_mapping_of_set_lacks_is_missing_there(tmp_path: Path) -> None:
+    path = written(tmp_path, "data: {sft: a}\n")
+    with pytest.raises(ConfigError, match=r"^--set: `data.sft.0.path`: field required"):
+        load_recipe(path, ["data={sft: [{format: sft}]}"])
+    with pytest.raises(ConfigError, match=r"recipe.yaml: `data.sft.0.path`: field required"):
+        load_recipe(written(tmp_path, "data: {sft: [{format: sft}]}\n"), ["data.holdout=0.5"])
+
+
 def test_a_value_cannot_be_used_as_a_section() -> None:
     with pytest.raises(ConfigError, match="'seed' is a value, not a section"):
         load_recipe(None, ["seed=1", "seed.x=1"])

@@ -185,6 +185,35 @@ def test_restoring_copies_so_that_the_snapshot_is_not_trained_on() -> None:
     assert all(torch.equal(snapshot[name], kept[name]) for name in kept)
 
 
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
+def test_memory_that_runs_out_in_the_update_is_one_error_that_names_what_helps(
+    error: type[RuntimeError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model()
+    optimiser = Optimiser(model, OptimiserFields())
+    give_gradients(model, 0.5)
+
+    def fail() -> None:
+        raise error("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4194304 bytes. Error code 12")
+
+    monkeypatch.setattr(optimiser._adam, "step", fail)
+    with pytest.raises(TrainingError, match=r"update of 6 parameters: tried to allocate 4194304 bytes\.") as caught:
+        optimiser.update(0.1)
+    assert all(
+        f"`{key}" in str(caught.value) for key in ("model.adapter", "model.trainable_blocks", "optimiser: adamw")
+    )
+    assert model.matrix.grad is None
+
+
+def test_another_error_in_the_update_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model()
+    optimiser = Optimiser(model, OptimiserFields())
+    give_gradients(model, 0.5)
+    monkeypatch.setattr(optimiser._adam, "step", lambda: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        optimiser.update(0.1)
+
+
 # --- moments of 8 bits -----------------------------------------------------------------------------------------------
 
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")

@@ -89,7 +89,9 @@ def test_a_stage_starts_from_the_finished_ones_of_the_run_which_are_only_read(fo
     assert list(stages) == ["dpo"] and not any("not finished" in note for note in stages["dpo"]["notes"])
     assert {path: path.stat().st_mtime_ns for path in (folder / "runs/tiny").rglob("*") if path.is_file()} == before
     alone = profiled(folder, "--stage", "dpo", "--set", "out=runs/elsewhere", "--out", "runs/tiny-profile")
-    assert any("sft is not finished" in note for note in alone["dpo"]["notes"])
+    assert any(
+        "sft is not finished in the run's folder and was run for one step" in note for note in alone["dpo"]["notes"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,6 +101,11 @@ def test_a_stage_starts_from_the_finished_ones_of_the_run_which_are_only_read(fo
         (["--stage", "ppo", "--set", "ppo=null"], "`ppo` is null in the recipe"),
         (["--set", "sft=null", "--set", "dpo=null", "--set", "ppo=null"], "the recipe trains nothing"),
         (["--out", "runs/tiny/profile"], "lies in the run's own"),
+        (
+            ["--out", "recipe.yaml"],
+            "cannot use recipe.yaml as the profile's folder: File exists. Name another one with --out",
+        ),
+        (["--out", "/proc/x"], "cannot use /proc/x as the profile's folder: "),
     ],
 )
 def test_what_cannot_be_profiled_is_said(
@@ -138,10 +145,10 @@ def test_the_reading_accounts_for_every_second() -> None:
     rows, update, total = rows_of(measured, peak=100, moved=10)
     text = reading(StageProfile("sft", 1, 10, 10, 10, rows, update, total, {}, 1, 1, ()), peak=100)
     assert "3 s of the 10 s at this machine's peak: 30.0%" in text
-    assert "25.0% is arithmetic" in text and "5.0% is what the peak would take for padding" in text
+    assert "Of the iteration, 25.0% is arithmetic" in text and "5.0% is what the peak would take for padding" in text
     assert "40.0% is no model arithmetic (data 35.0%, logging 5.0%)" in text
     assert "Updates reach 50% of the peak" in text and text.endswith("no model arithmetic: data.")
-    assert sum(map(float, re.findall(r"(?:: |rest, |; )(\d+\.\d)%", text))) == 100
+    assert sum(map(float, re.findall(r"(?:: |iteration, |; )(\d+\.\d)%", text))) == 100
 
 
 def test_means_leave_out_what_warms_up_and_spread_what_is_rare() -> None:

@@ -70,8 +70,11 @@ def _run_all(args: argparse.Namespace) -> int:
 
 def _run(recipe: Recipe, stages: list[str], args: argparse.Namespace) -> int:
     from accord.methods.corpus import read_corpus
+    from accord.methods.named import check_earlier
 
     console = screen()
+    if not args.dry_run:
+        check_earlier(recipe, stages)
     corpus = read_corpus(recipe.data, watched)
     if args.dry_run:
         from accord.methods.named import check_names

@@ -59,7 +59,8 @@ def load_recipe(
     tree: dict[str, Any] = merged({}, defaults or {})
     if path is not None:
         tree = merged(tree, _read_yaml(Path(path)))
-    return recipe_from(merged(tree, overrides_tree(overrides)), source=str(path) if path is not None else "--set")
+    given = overrides_tree(overrides)
+    return recipe_from(merged(tree, given), source=str(path) if path is not None else "--set", given=given)
 
 
 def overrides_tree(overrides: Sequence[str]) -> dict[str, Any]:
@@ -71,12 +72,13 @@ def overrides_tree(overrides: Sequence[str]) -> dict[str, Any]:
     return tree
 
 
-def recipe_from(tree: Mapping[str, Any], *, source: str = "config") -> Recipe:
-    """A checked `Recipe` from nested mappings. Raises ConfigError listing all problems."""
+def recipe_from(tree: Mapping[str, Any], *, source: str = "config", given: Mapping[str, Any] | None = None) -> Recipe:
+    """A checked `Recipe` from nested mappings. Raises ConfigError listing all problems, those of values that `given`
+    holds as mistakes of `--set`."""
     try:
         recipe = Recipe.model_validate(_without_unset(tree, Recipe))
     except ValidationError as error:
-        raise ConfigError(_explain(error, source, tree)) from None
+        raise ConfigError(_explain(error, source, tree, given or {})) from None
     problems = contradictions(recipe)
     if problems:
         raise ConfigError("\n".join(problems))
@@ -172,19 +174,32 @@ def _assign(tree: dict[str, Any], keys: tuple[str, ...], value: Any, text: str) 
     node[keys[-1]] = _Whole(value) if isinstance(value, dict) else value
 
 
-def _explain(error: ValidationError, source: str, tree: Mapping[str, Any]) -> str:
-    lines: list[str] = []
+def _explain(error: ValidationError, source: str, tree: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    mistakes: dict[str, list[str]] = {source: [], "--set": []}
     for item in error.errors():
-        if item["type"] == "extra_forbidden":
-            lines += [
-                f"unknown key `{'.'.join(map(str, loc))}`{_no_space(loc, item['input']) or _suggestion(loc, tree)}"
-                for loc in _leaves(item["loc"], item["input"])
-            ]
-        else:
-            key = ".".join(str(part) for part in item["loc"])
-            found = f"found {item['input']!r}{_no_space(item['loc'], item['input'])}"
-            lines.append(f"`{key}`: {item['msg'][0].lower()}{item['msg'][1:]}; {found}")
-    return f"{source}: " + ("\n  ".join(["", *lines]) if len(lines) > 1 else lines[0])
+        unknown = item["type"] == "extra_forbidden"
+        for loc in _leaves(item["loc"], item["input"]) if unknown else [item["loc"]]:
+            key, hint = ".".join(map(str, loc)), _no_space(loc, item["input"])
+            if unknown:
+                line = f"unknown key `{key}`{hint or _suggestion(loc, tree)}"
+            else:
+                line = f"`{key}`: {item['msg'][0].lower()}{item['msg'][1:]}; found {item['input']!r}{hint}"
+            mistakes["--set" if _holds(given, loc) else source].append(line)
+    return "\n".join(
+        f"{where}: " + ("\n  ".join(["", *lines]) if len(lines) > 1 else lines[0])
+        for where, lines in mistakes.items()
+        if lines
+    )
+
+
+def _holds(given: Mapping[str, Any], loc: tuple[int | str, ...]) -> bool:
+    """Whether the value at a place comes from this mapping, or would stand inside one that does."""
+    node: Any = given
+    for part in loc:
+        if isinstance(node, _Whole) or not isinstance(node, Mapping) or part not in node:
+            break
+        node = node[part]
+    return isinstance(node, _Whole) or not isinstance(node, Mapping)
 
 
 def _no_space(loc: tuple[int | str, ...], value: Any) -> str:

@@ -60,7 +60,7 @@ class Recipe(Section):
     name: str = Field("run", min_length=1, description="Name of the run.")
     seed: int = Field(0, ge=0, description="Everything random follows from this.")
     out: str | None = Field(None, description="Output folder. Unset: `runs/<name>`.")
-    threads: int | None = Field(None, ge=1, description="CPU threads. Unset: torch's choice.")
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads. Unset: torch's choice.")
     model: ModelConfig = Field(
         default_factory=lambda: ModelConfig.model_validate({}), description="The model to start from."
     )

@@ -166,12 +166,15 @@ def ppo_value_loss(
     """
     values = counted(values, loss_mask)
     old_values, returns = counted(old_values.detach(), loss_mask), counted(returns.detach(), loss_mask)
-    moved = (values - old_values).clamp(-value_clip_range, value_clip_range)
+    difference = values - old_values
+    moved = difference.clamp(-value_clip_range, value_clip_range)
     unclipped = (values - returns).square()
     clipped = (old_values + moved - returns).square()
+    # Within the range `clipped` and `unclipped` differ by rounding alone.
+    beyond = difference.abs() > value_clip_range
     return ValueLoss(
         loss=masked_mean(0.5 * torch.maximum(unclipped, clipped), loss_mask, num_tokens),
-        clipped_count=(loss_mask & (clipped > unclipped)).sum(),
+        clipped_count=(loss_mask & beyond & (clipped > unclipped)).sum(),
         squared_error_sum=masked_sum(unclipped.detach(), loss_mask),
         token_count=loss_mask.sum(),
     )

@@ -25,10 +25,11 @@ from accord.errors import CheckpointError, ConfigError
 from accord.guards import guard_account, guard_ending, read_guard_log
 from accord.methods.catalogue import STAGES
 from accord.methods.corpus import Corpus, Part
+from accord.methods.named import unfinished
 from accord.models.adapters import add_adapter, fold_adapter, has_adapter, save_adapter
 from accord.models.attention import attending, check_attention
 from accord.models.blocks import train_top_blocks
-from accord.models.compiled import compile_seconds, compile_trunk
+from accord.models.compiled import check_compiler, compile_seconds, compile_trunk
 from accord.models.device import choose_device
 from accord.models.layout import Layout, shares
 from accord.models.load import ModelShape, build_model, load_policy, save_model
@@ -196,6 +197,10 @@ def run_stage(
     """
     folder = context.root / stage
     check_attention(context.recipe.model.attention, context.device)
+    if stage != "evaluate":  # which compiles nothing
+        for key in ("compile", "compile_sampling"):
+            if getattr(context.recipe.model, key):
+                check_compiler(f"model.{key}", context.device)
     context.console.print(f"\n[bold]{stage}[/]  {folder}", highlight=False)
     if context.recipe.threads is not None:
         torch.set_num_threads(context.recipe.threads)
@@ -331,11 +336,7 @@ def stage_model(context: Context, stage: str) -> Path | None:
             )
         return folder / "model"
     if getattr(context.recipe, stage, None) is not None:
-        raise ConfigError(
-            f"the {stage} stage of this recipe is not finished in {folder}: run `accord {stage}` first, or `accord "
-            f"run` "
-            "for all stages in order"
-        )
+        raise unfinished(stage, folder)
     return None
 
 

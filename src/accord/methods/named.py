@@ -9,12 +9,12 @@ from typing import Any
 
 from accord.config import EvaluateConfig, Recipe, SamplingFields
 from accord.errors import ConfigError
-from accord.methods.catalogue import BEST_OF_N, POLICY_STAGES
+from accord.methods.catalogue import BEST_OF_N, POLICY_STAGES, STAGES
 from accord.models.paths import check_model_path
 from accord.rewards.functions import load_function
 from accord.rewards.http import Client
 
-__all__ = ["check_compared", "check_evaluated", "check_names", "nothing_scores"]
+__all__ = ["check_compared", "check_earlier", "check_evaluated", "check_names", "nothing_scores", "unfinished"]
 
 
 def check_names(recipe: Recipe, stages: list[str], given: Collection[str] = ()) -> None:
@@ -31,6 +31,44 @@ def check_names(recipe: Recipe, stages: list[str], given: Collection[str] = ()) 
             _check_scored(recipe, stage, section, given)
     if "evaluate" in stages and recipe.evaluate is not None:
         check_evaluated(recipe, recipe.evaluate)
+
+
+def check_earlier(recipe: Recipe, stages: Sequence[str]) -> None:
+    """Raises ConfigError where one of `stages` needs the model of an earlier stage that is neither finished nor among
+    them: now, not after the data was read."""
+    for stage in stages:
+        for earlier in _needed(recipe, stage):
+            folder = recipe.root / earlier
+            if getattr(recipe, earlier) is not None and earlier not in stages and not _is_finished(folder):
+                raise unfinished(earlier, folder)
+
+
+def _needed(recipe: Recipe, stage: str) -> list[str]:
+    """The stages whose models a stage starts from, compares or is judged by, where the recipe has them."""
+    section = getattr(recipe, stage)
+    if isinstance(section, EvaluateConfig):
+        names = section.models or (*POLICY_STAGES, BEST_OF_N)
+        needed = [name for name in names if name in POLICY_STAGES]
+        if BEST_OF_N in names and recipe.bestofn is not None:
+            needed += _needed(recipe, BEST_OF_N)
+        return needed if section.reward_model is not None else [*needed, "reward"]
+    needed = ["sft"] if "init" in type(section).model_fields and section.init is None else []
+    if isinstance(section, SamplingFields):
+        judges = [model for scorer in section.scorers.values() for model in (scorer.model, *scorer.models)]
+        alone = not (section.scorers or section.reward_function or section.reward_model)
+        needed += ["reward"] if alone or "reward" in judges else []
+    return needed
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / "summary.json").exists()
+
+
+def unfinished(stage: str, folder: Path) -> ConfigError:
+    return ConfigError(
+        f"the {stage} stage of this recipe is not finished in {folder}: run `accord {STAGES[stage].verb}` first, or "
+        "`accord run` for all stages in order"
+    )
 
 
 def _check_models(recipe: Recipe, stage: str, section: Any) -> None:
@@ -76,7 +114,7 @@ def _check_scored(recipe: Recipe, stage: str, section: SamplingFields, given: Co
 
 
 def _makes_reward_model(recipe: Recipe) -> bool:
-    return recipe.reward is not None or (recipe.root / "reward" / "summary.json").exists()
+    return recipe.reward is not None or _is_finished(recipe.root / "reward")
 
 
 def nothing_scores(stage: str) -> ConfigError:

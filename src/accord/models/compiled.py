@@ -8,6 +8,8 @@ Results differ from those of the plain trunk by rounding.
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,10 +17,22 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-__all__ = ["compile_seconds", "compile_trunk", "trunk_of"]
+from accord.errors import ConfigError
+
+__all__ = ["check_compiler", "compile_seconds", "compile_trunk", "trunk_of"]
 
 # By model, not in it: a copy of a module takes its attributes along, and would run the original's weights.
 _COMPILED: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+def check_compiler(key: str, device: torch.device) -> None:
+    """Raises ConfigError where what `key` asks for takes a C++ compiler, and the one that torch calls is not there."""
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise ConfigError(
+            f"`{key}` needs a C++ compiler on a CPU, and torch finds no {compiler} on the PATH: install one, name it "
+            f"in the environment variable CXX, or drop `{key}`"
+        )
 
 
 def compile_trunk(model: Any, *, backend: Any = "inductor") -> None:

@@ -190,7 +190,7 @@ def reading(profile: StageProfile, *, peak: float) -> str:
     big = [row.phase for row in idle if row.share > BIG_SHARE]
     return (
         f"What {profile.stage} has to compute and move would take {total.bound:.3g} s of the {total.seconds:.3g} s at "
-        f"this machine's peak: {_share(total.bound, total)}. Of the rest, {'; '.join(parts)}. "
+        f"this machine's peak: {_share(total.bound, total)}. Of the iteration, {'; '.join(parts)}. "
         f"Updates reach {profile.update.of_peak:.0%} of the peak"
         + (f". Above {BIG_SHARE:.0%} and no model arithmetic: {', '.join(big)}." if big else ".")
     )

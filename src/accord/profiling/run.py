@@ -65,14 +65,20 @@ def profile_stages(
     """Measure `steps` iterations of each of `stages`, behind `warm_up` that are not; `out` gets profile.json, and holds
     the stages' folders meanwhile.
 
-    Raises: ConfigError for a folder that is the recipe's own.
+    Raises: ConfigError for a folder that is the recipe's own, or cannot be written to.
     """
     if out.resolve() == recipe.root.resolve() or recipe.root.resolve() in out.resolve().parents:
         raise ConfigError(f"the profile's folder {out} lies in the run's own, {recipe.root}: name another with --out")
-    make_folder(out)
+    try:
+        make_folder(out)
+        scratch = tempfile.TemporaryDirectory(dir=out, prefix="stages-")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot use {out} as the profile's folder: {error.strerror}. Name another one with --out"
+        ) from error
     found: list[StageProfile] = []
     machines: list[Machine] = []
-    with tempfile.TemporaryDirectory(dir=out, prefix="stages-") as work, _own_cache(Path(work) / "cache"):
+    with scratch as work, _own_cache(Path(work) / "cache"):
         runner = _Runner(recipe, corpus, Path(work), steps, warm_up)
         check_names(recipe, list(stages))
         for stage in stages:
@@ -133,9 +139,7 @@ class _Runner:
     def _sources(self, stage: str) -> tuple[str, ...]:
         """What is said of the models a stage started from."""
         started = [s for s in _starts_from(self._recipe, stage) if s not in self._elsewhere]
-        return tuple(
-            f"{earlier} is not finished in the run's folder and was run for a few steps" for earlier in started
-        )
+        return tuple(f"{earlier} is not finished in the run's folder and was run for one step" for earlier in started)
 
 
 def _starts_from(recipe: Recipe, stage: str) -> list[str]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from accord.config import OptimiserFields
 from accord.errors import TrainingError
 from accord.models.extras import require_bitsandbytes
+from accord.models.memory import asked_for
 from accord.models.precision import reading_dtype
 from accord.phases import phase
 from accord.training.loss_scale import LossScale
@@ -80,8 +81,26 @@ class Optimiser:
         """Apply the accumulated gradients once and clear them.
 
         A non-finite gradient is skipped and counted, so one bad batch cannot poison the weights; several in a row mean
-        the run is lost: TrainingError.
+        the run is lost: TrainingError. So does memory that runs out, for it leaves some parameters updated: the
+        checkpoint on disk is what to go on from.
         """
+        reason = None
+        try:
+            return self._update(learning_rate)
+        except RuntimeError as error:
+            reason = asked_for(error)
+            if reason is None:
+                raise
+        self.discard()
+        count = sum(p.numel() for _, p in self._named)
+        ways = "`model.adapter` or `model.trainable_blocks` train fewer"
+        ways += "" if self._in_8_bits else ", `optimiser: adamw_8bit` needs less for each"
+        raise TrainingError(
+            f"out of memory in the optimiser's update of {count:,} parameters: {reason}. {ways} (settings of another "
+            "run: give it a folder of its own). With more memory the same command continues from the last checkpoint"
+        )
+
+    def _update(self, learning_rate: float) -> Update:
         parameters = [p for _, p in self._named]
         if self._loss_scale is not None:
             self._loss_scale.undo([p.grad for p in parameters if p.grad is not None])
