@@ -40,10 +40,8 @@ class CompiledStep:
             return step.logits(tokens, mask, positions, _Written(buffers, place, mask.shape[1]))
 
         # Without graphs, calling the kernels from C++ is the shorter way.
-        options: dict[str, Any] | None = None
-        if backend == "inductor":
-            options = {"triton.cudagraphs": True} if buckets else {"cpp_wrapper": True}
-        self._compiled = torch.compile(
+        options = ({"triton.cudagraphs": True} if buckets else {"cpp_wrapper": True}) if backend == "inductor" else None
+        self._compiled = torch.compile(  # pyright: ignore[reportCallIssue]  (the overloads lack two arguments)
             one_token, fullgraph=True, dynamic=False, backend=backend, options=options,
             recompile_limit=_LIMIT, isolate_recompiles=True,
         )  # fmt: skip
