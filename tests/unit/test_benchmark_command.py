@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import profile, scaling_cost
+from benchmarks import profile, scaling_cost, toolbox
 from benchmarks.speed import __main__ as speed
 
 OTHER = '[{"curve": "no such", "value": 1, "seconds": 1, "megabytes": 1}]'
@@ -34,6 +34,10 @@ def refusal(main: object, arguments: list[str], capsys: pytest.CaptureFixture[st
             ["--curves", "check", "--up-to", "5"],
             "no point of check is at most 5: the least is 10000",
         ),
+        (toolbox.main, ["--repeats", "0"], "--repeats: found '0', expected a whole number of at least 1"),
+        (toolbox.main, ["--steps", "2"], "--steps: found '2', expected a whole number of at least 3"),
+        (toolbox.main, ["--only", "lora,other"], "no such option: other; there are plain,"),
+        (toolbox.main, ["--out", "none.json", "--page", __file__], "cannot read none.json"),
         (speed.main, ["--page", "/nodir/x.md"], "there is no file /nodir/x.md"),
         (speed.main, ["--figure", "/nodir/x.svg"], "/nodir/x.svg cannot be written"),
         (speed.main, ["--later", "x.json"], "--later goes with --page or --figure"),
@@ -58,12 +62,13 @@ def test_a_file_of_other_results_is_refused_and_stays(
     assert out.read_text() == content
 
 
+@pytest.mark.parametrize("main", [speed.main, toolbox.main])
 @pytest.mark.parametrize("content", ["{bad", "[1]", '{"machine": {}, "rows": [{"work": "no such"}]}'])
 def test_results_of_something_else_are_not_published(
-    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    main: object, content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, page = tmp_path / "bad.json", tmp_path / "page.md"
     out.write_text(content)
     page.write_text("as it was")
-    assert str(out) in refusal(speed.main, ["--out", str(out), "--page", str(page)], capsys)
+    assert str(out) in refusal(main, ["--out", str(out), "--page", str(page)], capsys)
     assert page.read_text() == "as it was"
