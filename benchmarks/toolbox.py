@@ -18,7 +18,8 @@ model over the same text. Of its updates are given
 Options take turns, `--repeats` times; given are medians, and what they are beside `plain`'s of the same model. Two
 options run once: `compile`, which takes minutes, and those of 16 bits, whose products most CPUs have no instruction
 for: a step of the larger model would take minutes, so they run three steps of the smaller one. Results are written
-after every run. PPO's roles on one trunk: `benchmarks.roles`. `model.offload` needs a GPU and is not measured.
+after every run. What PPO's roles share is measured by `benchmarks.roles`, values on the policy's trunk by
+`benchmarks.speed --work ppo-one-trunk`; `model.offload` needs a GPU and is not measured.
 """
 
 from __future__ import annotations
