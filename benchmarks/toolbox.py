@@ -15,7 +15,7 @@ model over the same text. Of its updates are given
     checkpoint MB    the size of the newest checkpoint
     loss             of the last step: how much of the learning the option keeps
 
-Options take turns, `--repeats` times; given are medians, and what they are beside `plain`'s of the same model. Two
+Options take turns, `--repeats` times; given are medians, and what they are beside `plain`'s of the same model. Three
 options run once: `compile`, which takes minutes, and those of 16 bits, whose products most CPUs have no instruction
 for: a step of the larger model would take minutes, so they run three steps of the smaller one. Results are written
 after every run. What PPO's roles share is measured by `benchmarks.roles`, values on the policy's trunk by
