@@ -173,8 +173,8 @@ def _one(work: Work, side: str, folder: Path, apart: bool, setup: Setup) -> Timi
     if work.by_losses:
         module = "accord_side" if side == "accord" else "trl_side"
         return import_module(f"benchmarks.speed.{module}").run(work, folder)
-    peers = {"ppo": "trl_ppo", "sampling": "generate_side"}
-    module = "accord_online" if side == "accord" else peers.get(work.kind, "trl_online")
+    ours, peers = {"sampling": "accord_sampler"}, {"ppo": "trl_ppo", "sampling": "generate_side"}
+    module = ours.get(work.kind, "accord_online") if side == "accord" else peers.get(work.kind, "trl_online")
     return import_module(f"benchmarks.speed.{module}").run(work, folder, apart)
 
 

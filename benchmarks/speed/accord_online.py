@@ -1,4 +1,4 @@
-"""One run of a work in which Accord samples: the trainers of the online stages, whole iterations, and the sampler."""
+"""One run of a work in which Accord samples and learns: the trainers of the online stages, whole iterations."""
 
 from __future__ import annotations
 
@@ -31,35 +31,16 @@ def run(work: Work, folder: Path, apart: bool) -> Timing:
     (groups,) = groups_of(work)
     policy, tokenizer = load_policy(folder / "policy")
     at_rest, started = peak_memory_mb(), time.perf_counter()
-    if work.kind == "sampling":
-        step = _sampling(work, policy, groups, apart)
-    else:
-        step = _training(work, folder, policy, tokenizer, groups, apart)
+    step = _training(work, folder, policy, tokenizer, groups, apart)
     once = time.perf_counter() - started
     seconds, learned = [], []
     for number in range(1, work.calls(apart) + 1):
         before = time.perf_counter()
-        found = step(number)  # what a call of the sampler wrote; nothing where there was an update
+        step(number)
         seconds.append(time.perf_counter() - before)
         if apart:
-            learned += found or [mean_logprob(policy, groups)]
+            learned.append(mean_logprob(policy, groups))
     return Timing(once, seconds, learned, at_rest, peak_memory_mb(), accord.__version__)
-
-
-def _sampling(work: Work, policy: Any, groups: list[TokenGroup], apart: bool) -> Callable[[int], list[float]]:
-    """A call of the sampler; nothing ends an answer early. Its tokens, in the run apart the likeliest ones. What is
-    compiled is so by a call before."""
-    sampler = NativeSampler(policy, pad_id=PAD, compiled=work.compiled)
-    sampling = Sampling(len(groups[0].completions[0].ids), 0.0 if apart else 1.0, stop_ids=())
-    prompts = [PromptTokens(group.prompt_ids, group.prompt_id) for group in groups]
-
-    def step(number: int) -> list[float]:
-        written = sampler.generate(prompts, 1, sampling, ("speed", number))
-        return [float(i) for (sample,) in written for i in sample.ids]
-
-    if work.compiled:
-        step(0)
-    return step
 
 
 def _training(

@@ -17,7 +17,7 @@ from accord.models.load import ModelShape, build_model, reward_model_from
 from accord.models.token_scores import score_completions, score_tokens
 from accord.profiling.observer import Observer
 from benchmarks.speed import __main__ as speed
-from benchmarks.speed import accord_online
+from benchmarks.speed import accord_sampler
 from benchmarks.speed.__main__ import Setup, _chosen, main
 from benchmarks.speed.counted import counted, own_flops, peer_flops
 from benchmarks.speed.figure import write_bars
@@ -155,12 +155,13 @@ def test_what_compiles_is_no_timed_call(compiled: bool, monkeypatch: pytest.Monk
             calls.append(key)
             return []
 
-    monkeypatch.setattr(accord_online, "NativeSampler", Sampler)
+    monkeypatch.setattr(accord_sampler, "NativeSampler", Sampler)
+    monkeypatch.setattr(accord_sampler, "load_policy", lambda folder: (None, None))
     work = WORKS["sampling-1-compiled" if compiled else "sampling-1"]
-    step = accord_online._sampling(work, None, groups_of(work)[0], False)
-    assert calls == ([True, ("speed", 0)] if compiled else [False])
-    step(1)
-    assert calls[-1] == ("speed", 1)
+    timing = accord_sampler.run(work, Path(), False)
+    timed = [("speed", number) for number in range(1, work.calls(False) + 1)]
+    assert calls == [compiled, *([("speed", 0)] if compiled else []), *timed]
+    assert len(timing.seconds) == len(timed)
 
 
 def test_works_without_their_peer_are_refused(
