@@ -83,6 +83,7 @@ SHAPES = {
 }
 LARGE, SMALL = SHAPES
 WARM_UP = 2
+STEPS, REPEATS = 6, 3
 BATCH, PASS_TOKENS = 8, 512
 WORDS = "the cat sat on a mat and saw one small dog run to its old red house in our green town by night".split()
 
@@ -101,8 +102,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Command("toolbox", __doc__)
     parser.add_argument("--quick", action="store_true", help="the smaller model throughout")
     parser.add_argument("--only", help="options to measure, with commas between them")
-    parser.add_argument("--repeats", type=count(), default=3, help="runs of each option (default: 3)")
-    parser.add_argument("--steps", type=count(WARM_UP + 1), default=6, help="updates of each run (default: 6)")
+    parser.add_argument("--repeats", type=count(), default=REPEATS, help=f"runs of each option (default: {REPEATS})")
+    parser.add_argument(
+        "--steps", type=count(WARM_UP + 1), default=STEPS, help=f"updates of each run (default: {STEPS})"
+    )
     parser.add_argument("--threads", type=count(), default=os.cpu_count(), help="threads of each run (default: all)")
     parser.add_argument("--out", type=new_file, help=f"the results ({RESULTS.name}, -quick, or -some with --only)")
     parser.add_argument("--page", type=page_file, help="write what lies in --out into this page, and run nothing")
@@ -148,7 +151,9 @@ def jobs(names: Sequence[str], quick: bool, steps: int, repeats: int) -> list[Jo
         if name != "plain"
     ]
     models = [model for model in SHAPES if model in {job.model for job in found}] or [SMALL if quick else LARGE]
-    plain = [Job("plain", model, steps, repeats) for model in models]
+    # As many steps as what is compared with it, for the last losses are, too.
+    most = {model: max((job.steps for job in found if job.model == model), default=steps) for model in models}
+    plain = [Job("plain", model, most[model], repeats) for model in models]
     return [job for own in plain for job in (own, *(job for job in found if job.model == own.model))]
 
 
@@ -287,8 +292,9 @@ def publish(results: Path, page: Path) -> None:
     try:
         found = read_json(results)
         rows = found["rows"]
-        full = {(job.option, job.model) for job in jobs(list(OPTIONS), False, WARM_UP + 1, 1)}
-        missing = sorted(option for option, model in full - {(row["option"], row["model"]) for row in rows})
+        done = {(row["option"], row["model"], row["steps"]): row["runs"] for row in rows}
+        full = jobs(list(OPTIONS), False, STEPS, REPEATS)
+        missing = sorted(job.option for job in full if done.get((job.option, job.model, job.steps), 0) < job.runs)
         if missing:
             raise ValueError(f"{results} lacks {', '.join(missing)}: a page shows a full run")
         machine = found["machine"]

@@ -17,6 +17,7 @@ from accord.errors import ConfigError
 from accord.methods.context import _model_settings
 from accord.methods.roles import sampler_of as sampler_of_a_stage
 from accord.records import SampledCompletion
+from accord.rollout import compiled_step
 from accord.rollout.compiled_step import CompiledStep
 from accord.rollout.llama_step import LlamaStep
 from accord.rollout.native import NativeSampler, PromptTokens
@@ -94,6 +95,16 @@ def test_with_buckets_shapes_are_powers_of_two_by_multiples_of_128_and_no_more()
     assert seen[0][:2] == (16, 128) and {rows for rows, _, _ in seen} <= {16, 8, 4, 2, 1}
     assert len({rows for rows, _, _ in seen}) > 1 and {places for _, places, _ in seen} == {128, 256}
     assert counter.frame_count == len(set(seen))
+
+
+def test_more_shapes_than_are_compiled_run_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled_step, "_LIMIT", 1)
+    model = uneven_model("llama", num_hidden_layers=1)
+    plain, compiled = (sampler_of(model, buckets=b, backend="eager") for b in (None, True))
+    with pytest.warns(UserWarning, match="more than 1 shapes"):
+        found = drawn(compiled)
+    assert_same(found, drawn(plain))
+    assert_same(drawn(compiled), drawn(plain))
 
 
 def test_weights_are_read_anew_and_nothing_is_compiled_again() -> None:

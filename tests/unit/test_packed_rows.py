@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,12 +15,14 @@ from hypothesis import strategies as st
 from test_shared_attention import SPLIT, gradients, own_logprobs
 
 from accord.methods.offline import group_passes
+from accord.methods.ppo_stage import _readable_by
+from accord.methods.rollouts import RolloutModels
 from accord.models import last_block, shared_attention
 from accord.models.compiled import compile_trunk
 from accord.models.layout import CompletionBatch, collate, layout_cost, packed, packed_size
 from accord.models.load import reward_model_from
 from accord.models.recompute import recompute_activations
-from accord.models.self_check import check_layouts
+from accord.models.self_check import check_layouts, reads_alike
 from accord.models.shared_attention import runs_of, splitting, written_out
 from accord.models.token_scores import score_completions, score_tokens, score_values
 from accord.records import TokenCompletion, TokenGroup
@@ -225,4 +229,28 @@ def test_a_model_that_packs_wrongly_is_given_padded_rows(monkeypatch: pytest.Mon
     by_runs = shared_attention._by_runs
     monkeypatch.setattr(shared_attention, "_by_runs", lambda *given: by_runs(*given).flip(1))
     check = check_layouts(model, GROUPS, PAD_ID)
-    assert not check.packs and check.layout == "plain"
+    assert not check.packs and check.layout == "shared"
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(shared_attention, "_by_runs", fails)
+    assert not check_layouts(model, GROUPS, PAD_ID).packs
+
+
+def test_a_value_model_that_reads_otherwise_than_the_policy_is_given_plain_rows() -> None:
+    said: list[str] = []
+    context: Any = SimpleNamespace(say=said.append)
+    policy = tiny_model("mistral", sliding_window=None)
+    cast: Any = SimpleNamespace(
+        policy=SimpleNamespace(model=policy), models=RolloutModels(policy, policy, *(None,) * 4, "plain_packed")
+    )
+    alike = reward_model_from(policy, seed=0)
+    assert _readable_by(context, alike, cast) is cast.models and not said
+    for kind, changes in (("mistral", {"sliding_window": 8}), ("llama", {})):
+        other = reward_model_from(tiny_model(kind, **changes), seed=0)
+        assert _readable_by(context, other, cast) == replace(cast.models, layout="plain")
+        assert f"the value model, a {type(other).__name__}, reads them otherwise" in said.pop()
+    assert not reads_alike(policy, eager(copy.deepcopy(alike)))
+    cast.models = replace(cast.models, layout="plain")
+    assert _readable_by(context, other, cast) is cast.models and not said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from operator import itemgetter
 from typing import Any
 
@@ -15,9 +16,11 @@ from accord.methods.plan import imitated
 from accord.methods.ppo import PPOTrainer
 from accord.methods.ptx import Imitation
 from accord.methods.reward_models import value_model_beside
+from accord.methods.rollouts import RolloutModels
 from accord.models.compiled import compile_trunk
 from accord.models.load import fresh_value_model, load_reward_model, value_head
 from accord.models.recompute import recompute_activations
+from accord.models.self_check import reads_alike
 
 __all__ = ["run_ppo"]
 
@@ -35,13 +38,25 @@ def run_ppo(context: Context) -> dict[str, Any]:
         if context.recipe.model.compile and section.value_trunk != "policy":
             compile_trunk(value)
         imitation = _imitation(context, section, cast)
-        return PPOTrainer(cast.models, value, cast.prompts, section, context.seed, imitation)
+        models = _readable_by(context, value, cast) if section.value_trunk != "policy" else cast.models
+        return PPOTrainer(models, value, cast.prompts, section, context.seed, imitation)
 
     imitated_part = context.corpus.imitated() if section.ptx_coef else Part()
     own = section.value_trunk == "policy" or section.value_init in ("reward", "policy")
     weights = {} if own else {"value weights": "".join(weights_hash(section.value_init).values())}
     besides = Part(sources=imitated_part.sources | weights, notes=imitated_part.notes)
     return run_rollout_stage(context, "ppo", section, trainer, besides=besides)
+
+
+def _readable_by(context: Context, value: Any, cast: Cast) -> RolloutModels:
+    """The cast with a layout that the value model can read as well: how the policy reads was proved, not how this."""
+    if reads_alike(cast.policy.model, value) or cast.models.layout == "plain":
+        return cast.models
+    context.say(
+        f"prompts are run once per completion, and rows padded: the value model, a {type(value).__name__}, reads them "
+        "otherwise than the policy"
+    )
+    return replace(cast.models, layout="plain")
 
 
 def _imitation(context: Context, section: PPOConfig, cast: Cast) -> Imitation | None:

@@ -52,7 +52,7 @@ def check_attention(choice: str, device: torch.device) -> None:
     if choice in {"flex", "flash"} and device.type != "cuda":
         why = "has no gradient there" if choice == "flex" else "has no kernels for it"
         raise ConfigError(
-            f"`model.attention` = {choice} trains on a GPU alone, and models are on the {device.type} here, where it "
+            f"`model.attention` = {choice} runs on a GPU alone, and models are on the {device.type} here, where it "
             f"{why}: set `model.attention` to auto, or `model.device` to a GPU"
         )
     if choice == "flash":

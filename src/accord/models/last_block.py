@@ -7,7 +7,8 @@ the keys and values that earlier blocks and this one make of them. So of the las
     x = x + o(attention(q(n x), k, v))          at the Q places that are read      n: root-mean-square norm
     x = x + down(silu(gate(n x)) * up(n x))     at these as well
 
-In a packed row, whose rows attend by themselves, attention runs at all places, and what follows it at the read ones.
+In a packed row, whose rows attend by themselves, attention itself runs at all places, with queries of 0 where none is
+read; what comes before and after it at the read ones.
 
 The values are those of the block itself up to rounding. Legend: R rows, L places, Q read places of the row that has
 most, H hidden size, D head size.
@@ -107,13 +108,15 @@ def _attention_at(
 
     keys, values = heads(attention.k_proj(hidden)), heads(attention.v_proj(hidden))
     keys = keys * cos + rotate_half(keys) * sin
-    if runs_of(mask) is not None:
-        queries = heads(attention.q_proj(hidden))
-        queries = queries * cos + rotate_half(queries) * sin
-        attended, _ = attend(attention, queries, keys, values, mask, scaling=attention.scaling)
-        return attention.o_proj(attended.flatten(2).index_select(1, places[0]))
     queries = heads(attention.q_proj(hidden.gather(1, places[:, :, None].expand(-1, -1, width))))
     queries = queries * at(cos) + rotate_half(queries) * at(sin)
+    if runs_of(mask) is not None:
+        index = places[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3])
+        everywhere = queries.new_zeros(rows, queries.shape[1], length, queries.shape[3]).scatter(2, index, queries)
+        attended, _ = attend(attention, everywhere, keys, values, mask, scaling=attention.scaling)
+        return attention.o_proj(
+            attended.flatten(2).gather(1, places[:, :, None].expand(-1, -1, attended[0, 0].numel()))
+        )
     if mask is None:
         mask = torch.arange(length, device=places.device) <= places[:, None, :, None]
     else:

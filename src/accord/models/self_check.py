@@ -17,7 +17,15 @@ from accord.models.shared_attention import split
 from accord.models.token_scores import attention_window, score_tokens
 from accord.records import TokenCompletion, TokenGroup
 
-__all__ = ["SHARING_PAYS", "TOLERANCE", "LayoutCheck", "best_layout", "check_layouts", "saved_by_sharing"]
+__all__ = [
+    "SHARING_PAYS",
+    "TOLERANCE",
+    "LayoutCheck",
+    "best_layout",
+    "check_layouts",
+    "reads_alike",
+    "saved_by_sharing",
+]
 
 SHARING_PAYS = 0.15  # the share of tokens that must be saved before prompts are run once for all their completions
 
@@ -47,6 +55,15 @@ def best_layout(check: LayoutCheck, saved: float, *, compiled: bool) -> Layout:
     return "plain_packed" if packs else "plain"
 
 
+def reads_alike(model: Any, other: Any) -> bool:
+    """Whether what `check_layouts` found out about a model holds for another: trunks of one class, with one kind of
+    attention and one window."""
+    attention = (model.config._attn_implementation, attention_window(model.config))
+    return type(model.base_model) is type(other.base_model) and attention == (
+        other.config._attn_implementation, attention_window(other.config)
+    )  # fmt: skip
+
+
 def saved_by_sharing(groups: Iterable[TokenGroup]) -> float:
     """Share of the tokens that are not run where each prompt runs once for all its completions."""
     plain = shared = 0
@@ -60,10 +77,10 @@ def check_layouts(
     model: Any, groups: Sequence[TokenGroup], pad_id: int, *, max_tokens: int | None = None
 ) -> LayoutCheck:
     """Compares log-probabilities on a few groups: the model's own logits, our plain layout, and our shared layout with
-    attention computed whole, split, and by rows of a packed one.
+    attention computed whole and split, and by rows of a packed one.
 
     Plain differing from the model's own is an error: nothing trained that way would mean anything. Shared differing
-    from plain, or being impossible, is a reason to use plain.
+    from plain, or being impossible, is a reason to use plain; packed, to pad.
 
     Args:
         groups: a few typical groups with completions; each is tried with one more completion (its first one reversed),
@@ -91,17 +108,26 @@ def check_layouts(
             shared = [score_tokens(model, batch).logprobs]
             split(batch)  # what longer or more completions would do
             shared.append(score_tokens(model, batch).logprobs)
-            packs = model.config._attn_implementation == "sdpa" and not blockwise()
-            if packs:
-                batch = packed(groups, layout="shared_packed", pad_id=pad_id, device=model.device)
-                shared.append(score_tokens(model, batch).logprobs)
         except (TypeError, ValueError, RuntimeError) as error:
             return LayoutCheck("plain", None, f"{type(model).__name__} cannot run the shared layout: {error}")
     difference = float((torch.stack(shared) - ours).abs().max())
     if not difference <= tolerance:
         return LayoutCheck("plain", difference, f"the shared layout changes log-probabilities by {difference:.2g} nats")
-    # Attention a row at a time was measured on CPUs alone.
-    return LayoutCheck("shared", difference, "", packs and model.device.type == "cpu")
+    return LayoutCheck("shared", difference, "", _may_pack(model, groups, pad_id, ours))
+
+
+def _may_pack(model: Any, groups: Sequence[TokenGroup], pad_id: int, expected: Tensor) -> bool:
+    """Whether rows one behind another say the same as plain rows; tried where they would be used: attention a row at a
+    time was measured on CPUs alone."""
+    if model.config._attn_implementation != "sdpa" or blockwise() or model.device.type != "cpu":
+        return False
+    batch = packed(groups, layout="shared_packed", pad_id=pad_id, device=model.device)
+    try:
+        with torch.no_grad():
+            difference = float((score_tokens(model, batch).logprobs - expected).abs().max())
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return difference <= TOLERANCE[reading_dtype() or model.dtype]
 
 
 def _with_another_completion(group: TokenGroup) -> TokenGroup:

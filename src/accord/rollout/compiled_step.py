@@ -23,7 +23,7 @@ from accord.rollout.llama_step import LlamaStep
 __all__ = ["CompiledStep", "compiled_step"]
 
 _PLACES = 128  # a bucket's length is a multiple of it
-_LIMIT = 64  # shapes compiled for one model; a run meets a handful
+_LIMIT = 64  # shapes compiled for one model, minutes of it; what is met beyond them runs plain
 
 
 class CompiledStep:
@@ -46,11 +46,14 @@ class CompiledStep:
             recompile_limit=_LIMIT, isolate_recompiles=True,
         )  # fmt: skip
         self._plain = step
+        self._full = False
         self._buckets = buckets
         self._held: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
 
     def __call__(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         """Logits (B, V) after `tokens`, which join the cache; shapes as the plain step's."""
+        if self._full:
+            return self._plain(tokens, mask, positions, cache)
         self._plain.tell(tokens, mask)
         rows, length = mask.shape
         layers: list[Any] = cache.layers
@@ -62,10 +65,23 @@ class CompiledStep:
         buffers = [layer.buffers for layer in layers]
         if not self._buckets:
             _mark(rows, (tokens, positions), mask, [buffer for pair in buffers for buffer in pair])
-        logits = self._compiled(tokens, mask, positions, place, buffers)
+        try:
+            logits = self._compiled(tokens, mask, positions, place, buffers)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            return self._without(tokens[:rows], mask[:rows, :length], positions[:rows], cache)
         for layer in layers:
             layer.show(length)
         return logits[:rows]
+
+    def _without(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+        """From here on the plain step, for nothing was run of this one."""
+        warnings.warn(
+            f"sampling met more than {_LIMIT} shapes, as many as are compiled: from here on the decoding step is not "
+            "compiled; prompts of more similar length, or a lower `max_new_tokens`, make fewer",
+            stacklevel=3,
+        )
+        self._full = True
+        return self._plain.logits(tokens, mask, positions, cache)
 
     def release(self) -> None:
         """Let the buffers go that wait for the next batch."""
