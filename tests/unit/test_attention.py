@@ -296,8 +296,8 @@ def test_samples_do_not_depend_on_blocks() -> None:
 @pytest.mark.parametrize(
     ("keys", "why"),
     [
-        ({"attention": "flex", "device": "cpu"}, "`model.attention` = flex trains on a GPU alone"),
-        ({"attention": "flash", "device": "cpu", "precision": "bfloat16"}, "= flash trains on a GPU alone"),
+        ({"attention": "flex", "device": "cpu"}, "`model.attention` = flex runs on a GPU alone"),
+        ({"attention": "flash", "device": "cpu", "precision": "bfloat16"}, "= flash runs on a GPU alone"),
         ({"attention": "flex", "layout": "plain"}, "`model.layout` = plain has none"),
         ({"attention": "flash", "layout": "shared", "precision": "bfloat16"}, "takes no mask"),
         ({"attention": "flash"}, "`model.precision` is float32"),
@@ -315,7 +315,7 @@ def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         check_attention(choice, torch.device("cpu"))
     check_attention("flex", CUDA)
     for choice in ("flex", "flash"):
-        with pytest.raises(ConfigError, match=f"`model.attention` = {choice} trains on a GPU alone.*on the cpu here"):
+        with pytest.raises(ConfigError, match=f"`model.attention` = {choice} runs on a GPU alone.*on the cpu here"):
             check_attention(choice, torch.device("cpu"))
     monkeypatch.setattr("accord.models.extras.find_spec", lambda name: None)
     keys = {"path": "quickstart", "attention": "flash", "precision": "bfloat16"}
@@ -346,7 +346,7 @@ def test_a_stage_trains_by_it_and_says_the_same(
     model = saved_model(tmp_path / "model", PART.groups, 0)
     expected, said = trained(tmp_path / "auto", model, "auto")
     assert "attention by" not in said
-    with pytest.raises(ConfigError, match="flex trains on a GPU alone"):
+    with pytest.raises(ConfigError, match="flex runs on a GPU alone"):
         trained(tmp_path / "flex", model, "flex")
     assert not passes and not (tmp_path / "flex").exists()
     monkeypatch.setattr(context_module, "check_attention", lambda choice, device: None)
@@ -378,7 +378,7 @@ def test_blocks_without_a_mask_to_cut_are_said(attention: str, completions: int,
 def test_the_command_refuses_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keys = ["model.path=quickstart", "model.device=cpu", "model.attention=flex", f"out={tmp_path}"]
     assert main(["sft", *(part for key in keys for part in ("--set", key))]) == 2
-    assert "flex trains on a GPU alone" in "".join(capsys.readouterr())
+    assert "flex runs on a GPU alone" in "".join(capsys.readouterr())
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ def _attention(model: ModelConfig) -> list[str]:
     chosen = f"`model.attention` = {model.attention}"
     problems = []
     if model.attention in {"flex", "flash"} and model.device == "cpu":
-        problems.append(f"{chosen} trains on a GPU alone, and `model.device` = cpu: set one of them to auto")
+        problems.append(f"{chosen} runs on a GPU alone, and `model.device` = cpu: set one of them to auto")
     if model.attention == "flex" and model.layout == "plain":
         problems.append(
             f"{chosen} is for the mask of the shared layout, and `model.layout` = plain has none: set one of them to "

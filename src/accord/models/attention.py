@@ -50,7 +50,7 @@ def blockwise() -> bool:
 def check_attention(choice: str, device: torch.device) -> None:
     """Raises ConfigError for an attention that this device, or this installation, does not have."""
     if choice in {"flex", "flash"} and device.type != "cuda":
-        why = "has no gradient there" if choice == "flex" else "has no kernels for it"
+        why = "has no gradient" if choice == "flex" else "has no kernels"
         raise ConfigError(
             f"`model.attention` = {choice} runs on a GPU alone, and models are on the {device.type} here, where it "
             f"{why}: set `model.attention` to auto, or `model.device` to a GPU"
