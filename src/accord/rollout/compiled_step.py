@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from transformers import DynamicCache
 
 from accord.rollout.llama_step import LlamaStep
@@ -67,7 +68,7 @@ class CompiledStep:
             _mark(rows, (tokens, positions), mask, [buffer for pair in buffers for buffer in pair])
         try:
             logits = self._compiled(tokens, mask, positions, place, buffers)
-        except torch._dynamo.exc.FailOnRecompileLimitHit:
+        except FailOnRecompileLimitHit:
             return self._without(tokens[:rows], mask[:rows, :length], positions[:rows], cache)
         for layer in layers:
             layer.show(length)
