@@ -113,7 +113,7 @@ class ModelConfig(Section):
     compile_sampling: bool = Field(
         False,
         description="Compile the decoding step of stages that learn or choose from their own samples (online methods, "
-        "RFT, best-of-n), with `torch.compile`: a minute or more at the start, then faster small batches. Plain Llama, "
+        "RFT, best-of-n), with `torch.compile`: half a minute at the start, then faster single sequences. Plain Llama, "
         "Qwen2 and Mistral models; others keep their own step, which is said.",
     )
     adapter: AdapterConfig | None = Field(None, description="Train low-rank adapters. Unset: all weights.")
