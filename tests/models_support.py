@@ -121,6 +121,20 @@ def groups_of(*lengths: tuple[int, tuple[int, ...]]) -> list[TokenGroup]:
     ]
 
 
+def first_counts(group: TokenGroup) -> tuple[TokenGroup, set[int]]:
+    """The group with nothing but its first completion in a loss, and the tokens that its gradient reaches; the other
+    completions are of the last token of the vocabulary."""
+    first, *others = group.completions
+    last = [TokenCompletion((VOCABULARY - 1,) * len(c.ids), (False,) * len(c.ids)) for c in others]
+    return TokenGroup(group.prompt_ids, (first, *last)), {*group.prompt_ids, *first.ids[:-1]}
+
+
+def reached_tokens(model: Any) -> set[int]:
+    """The tokens whose embeddings have a gradient."""
+    gradient = model.get_input_embeddings().weight.grad
+    return {i for i in range(VOCABULARY) if gradient[i].any()}
+
+
 def token_group(prompt: str, *completions: str) -> TokenGroup:
     """A group from letters, one token each (a = 2); a capital letter's token does not count in the loss."""
     return TokenGroup(

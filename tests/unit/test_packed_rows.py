@@ -25,8 +25,7 @@ from accord.models.recompute import recompute_activations
 from accord.models.self_check import check_layouts, reads_alike
 from accord.models.shared_attention import runs_of, splitting, written_out
 from accord.models.token_scores import score_completions, score_tokens, score_values
-from accord.records import TokenCompletion, TokenGroup
-from models_support import PAD_ID, VOCABULARY, groups_of, tiny_model, token_group
+from models_support import PAD_ID, first_counts, groups_of, reached_tokens, tiny_model, token_group
 
 PAD = 99
 A, B, C, D, E, F, G, X, Y = 2, 3, 4, 5, 6, 7, 8, 25, 26  # the tokens of these letters
@@ -175,20 +174,11 @@ def test_any_rows_are_those_of_padded_ones(lengths: list[tuple[int, list[int]]],
 
 def test_no_gradient_comes_from_another_row_or_completion() -> None:
     """Only the first completion of the first group counts: tokens of all others get exactly none."""
-    first, *others = GROUPS
-    only = TokenGroup(
-        first.prompt_ids,
-        tuple(
-            TokenCompletion(c.ids if i == 0 else (VOCABULARY - 1,) * len(c.ids), (i == 0,) * len(c.ids))
-            for i, c in enumerate(first.completions)
-        ),
-    )
+    only, used = first_counts(GROUPS[0])
     model = tiny_model("gpt2", tie_word_embeddings=False)
-    batch = packed([*others, only], layout="shared_packed", pad_id=PAD_ID)
+    batch = packed([*GROUPS[1:], only], layout="shared_packed", pad_id=PAD_ID)
     score_tokens(model, batch).logprobs[-len(only.completions)].sum().backward()
-    gradient = model.get_input_embeddings().weight.grad
-    used = {*first.prompt_ids, *first.completions[0].ids[:-1]}
-    assert {i for i in range(VOCABULARY) if gradient[i].any()} == used
+    assert reached_tokens(model) == used
 
 
 def test_blocks_that_run_again_attend_by_rows_again() -> None:

@@ -17,8 +17,8 @@ from accord.models.recompute import recompute_activations
 from accord.models.self_check import check_layouts
 from accord.models.shared_attention import rows_of, splitting
 from accord.models.token_scores import score_tokens
-from accord.records import TokenCompletion, TokenGroup
-from models_support import ARCHITECTURES, PAD_ID, VOCABULARY, groups_of, tiny_model
+from accord.records import TokenGroup
+from models_support import ARCHITECTURES, PAD_ID, first_counts, groups_of, reached_tokens, tiny_model
 
 # gemma2 caps its attention scores, gptj writes its attention out: neither runs through "sdpa".
 SPLIT = sorted(set(ARCHITECTURES) - {"gemma2", "gptj"})
@@ -93,20 +93,11 @@ def test_any_rows_are_those_of_the_masked_kernel(lengths: list[tuple[int, list[i
 @pytest.mark.usefixtures("always")
 def test_no_gradient_comes_from_another_completion_or_padding() -> None:
     """Only the first completion of the first group counts: tokens of the others get exactly none."""
-    first, *others = GROUPS
-    only = TokenGroup(
-        first.prompt_ids,
-        tuple(
-            TokenCompletion(c.ids if i == 0 else (VOCABULARY - 1,) * len(c.ids), (i == 0,) * len(c.ids))
-            for i, c in enumerate(first.completions)
-        ),
-    )
+    only, used = first_counts(GROUPS[0])
     model = tiny_model("gpt2", tie_word_embeddings=False)
-    batch = collate([only, *others], layout="shared", pad_id=PAD_ID)
+    batch = collate([only, *GROUPS[1:]], layout="shared", pad_id=PAD_ID)
     score_tokens(model, batch).logprobs[0].sum().backward()
-    gradient = model.get_input_embeddings().weight.grad
-    used = {*first.prompt_ids, *first.completions[0].ids[:-1]}
-    assert {i for i in range(VOCABULARY) if gradient[i].any()} == used
+    assert reached_tokens(model) == used
 
 
 @pytest.mark.usefixtures("always")

@@ -84,7 +84,6 @@ class Optimiser:
         the run is lost: TrainingError. So does memory that runs out, for it leaves some parameters updated: the
         checkpoint on disk is what to go on from.
         """
-        reason = None
         try:
             return self._update(learning_rate)
         except RuntimeError as error:
